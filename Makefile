@@ -1,0 +1,33 @@
+# Everything runs from .venv, which is made once and made anew when the pins change.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+WORKERS ?= 2
+
+.PHONY: setup demo test check bench clean
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/doit release:tiny-llama
+
+test: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m builder.manifest --check
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+clean:
+	rm -rf build
