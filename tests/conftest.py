@@ -1,0 +1,75 @@
+"""Options of the test suite, and a small release of their own for the tests that need one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+TINY_LLAMA = Path(__file__).parents[1] / "releases" / "tiny-llama"
+
+MANIFEST = """\
+manifest: 1
+title: Tiny Llama — NVFP4
+repo: release-builder/tiny-llama-NVFP4
+base:
+  path: base
+  licenses: [psf-2.0]
+scheme:
+  name: nvfp4
+calibration:
+  path: calibration.jsonl
+  samples: 8
+  tokens: [16, 64]
+perplexity:
+  path: heldout.txt
+files:
+  max_bytes: 2MiB
+executor: in_process
+device: cpu
+shards: 2
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--refresh-goldens", action="store_true", help="write tests/golden/ anew instead of comparing")
+
+
+@pytest.fixture
+def refresh_goldens(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--refresh-goldens"))
+
+
+@pytest.fixture
+def write_release(tmp_path: Path) -> Callable[..., Path]:
+    """Write `releases/NAME.yaml` below tmp_path, with a copy of the repository's tiny Llama beside it.
+
+    Changes are dotted keys with their new values, None for none at all: `**{"scheme.layout": "modelopt"}`.
+    All releases of a test share `releases/base`, `releases/calibration.jsonl` and `releases/heldout.txt`, which the
+    test may damage.
+    """
+    folder = tmp_path / "releases"
+
+    def write(name: str = "tiny", **changes: Any) -> Path:
+        if not folder.exists():
+            shutil.copytree(TINY_LLAMA / "base", folder / "base")
+            for file in ("calibration.jsonl", "heldout.txt"):
+                shutil.copy(TINY_LLAMA / file, folder / file)
+        content: dict[str, Any] = yaml.safe_load(MANIFEST)
+        for dotted, value in changes.items():
+            *sections, key = dotted.split(".")
+            section = content
+            for part in sections:
+                section = section.setdefault(part, {})
+            section.pop(key, None)
+            if value is not None:
+                section[key] = value
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "utf-8")
+        return path
+
+    return write
