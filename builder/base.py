@@ -1,0 +1,358 @@
+"""The pinned base model: found, fetched, verified; its headers, and one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from builder import hub
+from builder.errors import BaseError, ManifestError
+from builder.files import sha256_file
+from builder.manifest import Manifest
+
+if TYPE_CHECKING:
+    import torch
+
+# in the order in which the safetensors library lays tensors out
+DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+DTYPE_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md")
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """What a safetensors header says of one tensor; dtype in the format's words (BF16, F8_E4M3, U8, ...)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(Tensor):
+    """A tensor in a file: its bytes are [start, end) of `file`."""
+
+    file: str
+    start: int
+    end: int
+
+
+def parse_header(header: bytes, file: str, first_byte: int, where: str) -> tuple[Stored, ...]:
+    """Read a safetensors header's JSON; tensors come in the order of their bytes, which leave no hole.
+
+    first_byte: the offset in the file at which tensor data starts.
+    Raises BaseError if it is not a safetensors header.
+    """
+    try:
+        entries = json.loads(header)
+        tensors = [
+            Stored(
+                name=name,
+                dtype=str(entry["dtype"]),
+                shape=tuple(entry["shape"]),
+                file=file,
+                start=first_byte + entry["data_offsets"][0],
+                end=first_byte + entry["data_offsets"][1],
+            )
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise BaseError(f"{file} has no readable safetensors header: {error}", where, "fetch the file again") from error
+    for tensor in tensors:
+        if not all(type(number) is int and number >= 0 for number in (*tensor.shape, tensor.start, tensor.end)):
+            raise BaseError(f"{tensor.name} in {file} has no proper shape and place", where, "fetch the file again")
+        if tensor.dtype not in DTYPE_BYTES:
+            raise BaseError(f"{tensor.name} in {file} has the unknown dtype {tensor.dtype}", where, "use another base")
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    expected = first_byte
+    for tensor in tensors:
+        if tensor.start != expected or tensor.end - tensor.start != tensor.num_bytes:
+            raise BaseError(f"{tensor.name} in {file} does not lie where it must", where, "fetch the file again")
+        expected = tensor.end
+    return tuple(tensors)
+
+
+def check_length(tensors: Sequence[Stored], file: str, first_byte: int, num_bytes: int, where: str) -> None:
+    """Refuse a file that does not end where its header says; first_byte: the offset at which tensor data starts."""
+    needed = tensors[-1].end if tensors else first_byte
+    if num_bytes != needed:
+        raise BaseError(
+            f"{file} has {num_bytes} bytes, but its header needs {needed}",
+            where,
+            "the file is truncated or damaged: fetch it again",
+        )
+
+
+def read_header(path: Path) -> tuple[Stored, ...]:
+    """The tensors of a safetensors file, in the order of their bytes. Raises BaseError if it is cut short or torn."""
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 0 < header_bytes <= min(MAX_HEADER_BYTES, num_bytes - 8):
+            raise BaseError(
+                f"{path.name} is not a whole safetensors file ({num_bytes} bytes)", str(path.parent), "fetch it again"
+            )
+        tensors = parse_header(file.read(header_bytes), path.name, 8 + header_bytes, str(path.parent))
+    check_length(tensors, path.name, 8 + header_bytes, num_bytes, str(path.parent))
+    return tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors files with its config: the base model, or a finished artifact."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def weight_files(self) -> tuple[str, ...]:
+        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor, mapped from its file: its pages are read when they are used. Not to be written to."""
+        from safetensors import safe_open
+
+        file = self.tensors[name].file
+        if file not in self._handles:
+            self._handles[file] = safe_open(self.folder / file, framework="pt")
+        loaded: torch.Tensor = self._handles[file].get_tensor(name)
+        return loaded
+
+
+def read_config(folder: Path, where: str) -> dict[str, Any]:
+    """config.json of a model that transformers can build without code of its own."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BaseError(f"no config.json in {folder}", where, "point it at a folder that holds a Hugging Face model")
+    return check_config(path.read_bytes(), path, where)
+
+
+def check_config(text: str | bytes, path: Path | str, where: str) -> dict[str, Any]:
+    """Parse a config.json; refuse what could only be built with trust_remote_code, or is quantized already."""
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BaseError(f"{path} is not JSON: {error}", where, "fetch it again") from error
+    match config:
+        case {"architectures": [str(), *_], "model_type": str()}:
+            pass
+        case _:
+            raise BaseError(
+                f"{path} names no architecture", where, "use the config.json the base model was published with"
+            )
+    if config.get("auto_map"):
+        raise BaseError(
+            "the base model brings Python code of its own (auto_map in config.json), which is never run here",
+            where,
+            "use a base model that transformers knows by itself",
+        )
+    if config.get("quantization_config"):
+        raise BaseError("the base model is quantized already", where, "use the model it was quantized from")
+    return dict(config)
+
+
+def open_checkpoint(folder: Path, where: str) -> Checkpoint:
+    """Read the headers of a model folder. Nothing outside the folder is opened; a pickle is never read."""
+    config = read_config(folder, where)
+    return Checkpoint(folder, config, read_tensors(folder, where))
+
+
+def read_tensors(folder: Path, where: str) -> dict[str, Stored]:
+    """All tensors of a folder by name, sorted; the index must agree with the files it names."""
+    weight_map = read_index(folder, where)
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    files = find_weights(weight_map, names, where)
+    stored = [tensor for file in files for tensor in read_header(folder / file)]
+    return gather_tensors(stored, weight_map, str(folder))
+
+
+def read_index(folder: Path, where: str) -> dict[str, str] | None:
+    """The weight map of a model folder; None if it has no index, as a model in a single file."""
+    path = folder / INDEX
+    return read_weight_map(path.read_bytes(), path, where) if path.is_file() else None
+
+
+def find_weights(weight_map: Mapping[str, str] | None, names: Collection[str], where: str) -> list[str]:
+    """The weight files, sorted, out of a folder's or repository's files. Raises BaseError if one is not among them."""
+    files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    missing = [file for file in files if file not in names]
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    if missing and pickles and not any(name.endswith(".safetensors") for name in names):
+        raise BaseError(
+            f"{pickles[0]} is a pickle, which can run code when it is read",
+            where,
+            "use a revision of the base model with safetensors weights",
+        )
+    if missing and weight_map is None:
+        raise BaseError(f"the base model has no {SINGLE} and no {INDEX}", where, "use a base model with its weights")
+    if missing:
+        raise BaseError(f"{INDEX} names {missing[0]}, which is missing", where, "fetch the file again")
+    return files
+
+
+def read_weight_map(text: str | bytes, path: Path | str, where: str) -> dict[str, str]:
+    """The index's tensor -> file map; every file must be a plain safetensors name inside the folder."""
+    try:
+        weight_map = json.loads(text)["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BaseError(f"{path} is not a weight index: {error!r}", where, "fetch it again") from error
+    for name in names:
+        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):
+            raise BaseError(f"{path} names a file outside the folder: {name}", where, "do not use this base model")
+        if not name.endswith(".safetensors"):
+            raise BaseError(f"{path} names {name}, which is not safetensors", where, "use safetensors weights")
+    return dict(weight_map)
+
+
+def gather_tensors(stored: Iterable[Stored], weight_map: Mapping[str, str] | None, where: str) -> dict[str, Stored]:
+    """The files' tensors by name, sorted. Raises BaseError unless each is in one file, the one that the index names."""
+    tensors: dict[str, Stored] = {}
+    for tensor in stored:
+        if tensor.name in tensors:
+            both = f"{tensors[tensor.name].file} and {tensor.file}"
+            raise BaseError(f"{tensor.name} is in two files, {both}", where, "fetch the base model again")
+        tensors[tensor.name] = tensor
+    if weight_map is not None:
+        compare_index(weight_map, tensors, where)
+    return dict(sorted(tensors.items()))
+
+
+def compare_index(weight_map: Mapping[str, str], stored: Mapping[str, Stored], where: str) -> None:
+    """Refuse an index that names a tensor its file does not hold, or misses one it does."""
+    for name in sorted(weight_map.keys() | stored.keys()):
+        named = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+        found = f"in {stored[name].file}" if name in stored else "nowhere"
+        if named != found:
+            raise BaseError(f"{INDEX} says {name} is {named}, but it is {found}", where, "fetch the base model again")
+
+
+def locate_base(manifest: Manifest) -> Path | None:
+    """The base's folder where the manifest names one by `path`; None for a Hub id."""
+    base = manifest.release.base
+    if base.path is None:
+        return None
+    folder = manifest.resolve(base.path)
+    if not folder.is_dir():
+        raise BaseError(
+            f"the base model's folder does not exist: {folder}",
+            manifest.where("base", "path"),
+            "give a folder relative to the manifest, or an absolute one",
+        )
+    return folder
+
+
+def preview_base(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Stored] | None]:
+    """The config, and the headers where they can be had, before anything large is read or downloaded.
+
+    Headers are None when all that is at hand is the manifest's own copy of config.json (`base.config`).
+    """
+    folder, base = locate_base(manifest), manifest.release.base
+    where = manifest.where("base", "path" if folder else "model")
+    if folder is not None:
+        return read_config(folder, where), read_tensors(folder, where)
+    if base.config is not None:
+        path = manifest.resolve(base.config)
+        if not path.is_file():
+            raise BaseError(f"no such file: {path}", manifest.where("base", "config"), "give a copy of config.json")
+        return check_config(path.read_bytes(), path, where), None
+    model, revision = require_revision(manifest)
+    sizes = {file.name: file.num_bytes for file in hub.list_files(model, revision, where=where)}
+    snapshot = hub.download_files(model, revision, ["config.json", *({INDEX} & sizes.keys())], where=where)
+    config, weight_map = read_config(snapshot, where), read_index(snapshot, where)
+    files = find_weights(weight_map, sizes.keys(), where)
+    stored: list[Stored] = []
+    for file, header in hub.read_headers(model, revision, files, where=where).items():
+        tensors = parse_header(header, file, 8 + len(header), where)
+        check_length(tensors, file, 8 + len(header), sizes[file], where)
+        stored += tensors
+    return config, gather_tensors(stored, weight_map, where)
+
+
+def require_revision(manifest: Manifest) -> tuple[str, str]:
+    """The Hub id and its pinned revision; a base that is not pinned is not built from."""
+    base = manifest.release.base
+    assert base.model is not None
+    if base.revision is None:
+        raise ManifestError(
+            f"base.revision is missing, and {base.model} may change under its name",
+            manifest.where("base", "model"),
+            f"add `revision:` with the 40-hex commit shown at https://huggingface.co/{base.model}/commits/main",
+        )
+    return base.model, base.revision
+
+
+def fetch_base(manifest: Manifest) -> Path:
+    """The folder with the base's files; downloaded, resumably, when the manifest names a Hub repository."""
+    folder = locate_base(manifest)
+    if folder is not None:
+        return folder
+    model, revision = require_revision(manifest)
+    where = manifest.where("base", "model")
+    names = {file.name for file in hub.list_files(model, revision, where=where)}
+    companions = sorted(name for name in names if is_companion(name))
+    snapshot = hub.download_files(model, revision, companions, where=where)
+    weights = find_weights(read_index(snapshot, where), names, where)
+    return hub.download_files(model, revision, [*companions, *weights], where=where)
+
+
+def is_companion(name: str) -> bool:
+    """Whether a release needs a file besides the weights: configs, index, tokenizer, template, licences."""
+    path = PurePosixPath(name)
+    if len(path.parts) != 1 or name.startswith(".") or name == "README.md":
+        return False
+    return any(path.match(pattern) for pattern in COMPANIONS)
+
+
+def list_base_files(folder: Path) -> tuple[str, ...]:
+    """The base's files that a release reads, sorted; weights that the index does not name are none of them."""
+    weight_map = read_index(folder, str(folder))
+    weights = {SINGLE} if weight_map is None else set(weight_map.values())
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    return tuple(sorted(name for name in names if name in weights or is_companion(name)))
+
+
+def identify_file(path: Path) -> list[int]:
+    """Size in bytes, mtime in ns and inode: while these stay, a file's digest is taken as known."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def hash_files(
+    folder: Path, known: Mapping[str, Mapping[str, Any]], report: Callable[[str, int], None] = lambda name, size: None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (name, {sha256, num_bytes, identity}) of each base file.
+
+    known: what an earlier call said; a file whose identity is the same is not read again.
+    """
+    for name in list_base_files(folder):
+        identity = identify_file(folder / name)
+        before = known.get(name)
+        if before and before["identity"] == identity:
+            yield name, dict(before)
+            continue
+        report(name, identity[0])
+        yield name, {"sha256": sha256_file(folder / name), "num_bytes": identity[0], "identity": identity}
