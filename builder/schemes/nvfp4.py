@@ -1,0 +1,226 @@
+"""NVFP4 (W4A4): 4-bit floats in blocks of 16 with an FP8 scale each, and one float32 scale per fused group.
+
+The arithmetic is nvidia-modelopt's, bit for bit (`modelopt.torch.quantization.qtensor.NVFP4QTensor` and
+`modelopt.torch.export`): a group's weight scale is max |W| / (6 * 448) over its linears, its input scale
+max |x| / (6 * 448). The `compressed-tensors` layout stores the same bytes under other names and both scales as
+reciprocals.
+
+Shapes: O out_features, I in_features.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from builder.base import Tensor
+from builder.errors import CalibrationError, LayoutError
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 16
+LARGEST = 6.0 * 448.0  # the largest E2M1 magnitude times the largest E4M3 magnitude
+UNIT_SCALE = 1.0
+KINDS = ("weight", "input")
+Amax = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nvfp4:
+    """NVFP4 in one of its two layouts; see `builder.schemes.Scheme`.
+
+    input_scale: "calibrated", or "unit" for the constant 1.0 that needs no calibration.
+    block_scale_floor: whether block scales are held at 2^-9 or more, as modelopt does since 0.47.
+    """
+
+    layout: str = "compressed-tensors"
+    input_scale: str = "calibrated"
+    block_scale_floor: bool = True
+    name: str = "nvfp4"
+
+    @property
+    def measures_inputs(self) -> bool:
+        return self.input_scale == "calibrated"
+
+    @property
+    def names(self) -> tuple[str, str, str, str]:
+        """What the layout calls packed weights, block scales, the weights' and the inputs' global scale."""
+        if self.layout == "modelopt":
+            return "weight", "weight_scale", "weight_scale_2", "input_scale"
+        return "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"
+
+    def plan_linear(self, linear: str, weight: Tensor) -> tuple[Tensor, ...]:
+        out_features, in_features = weight.shape
+        if weight.dtype != "BF16":
+            raise LayoutError(
+                f"{weight.name} is {weight.dtype}, but nvfp4 packs bfloat16 weights",
+                f"{weight.name}",
+                "convert the base model to bfloat16 first",
+            )
+        if in_features % BLOCK:
+            raise LayoutError(
+                f"{linear} has {in_features} input features, which is not a multiple of {BLOCK}",
+                f"{weight.name}",
+                f"add {linear} to scheme.ignore",
+            )
+        packed, scale, weight_global, input_global = self.names
+        scalar = () if self.layout == "modelopt" else (1,)
+        return (
+            Tensor(name=f"{linear}.{packed}", dtype="U8", shape=(out_features, in_features // 2)),
+            Tensor(name=f"{linear}.{scale}", dtype="F8_E4M3", shape=(out_features, in_features // BLOCK)),
+            Tensor(name=f"{linear}.{weight_global}", dtype="F32", shape=scalar),
+            Tensor(name=f"{linear}.{input_global}", dtype="F32", shape=scalar),
+        )
+
+    @contextmanager
+    def observe(self, layer: torch.nn.Module, prefix: str, linears: Sequence[str]) -> Iterator[Callable[[], Amax]]:
+        """Let modelopt's own quantizers collect, in a layer that goes on computing unquantized."""
+        import modelopt.torch.quantization as mtq
+        from modelopt.torch.quantization.model_calib import enable_stats_collection, finish_stats_collection
+
+        modules: dict[str, Any] = {linear: layer.get_submodule(linear.removeprefix(prefix)) for linear in linears}
+        wanted = [
+            {"quantizer_name": f"{linear.removeprefix(prefix)}.{kind}_quantizer", "cfg": entry["cfg"], "enable": True}
+            for entry in mtq.NVFP4_DEFAULT_CFG["quant_cfg"]
+            for kind in KINDS
+            if entry["quantizer_name"] == f"*{kind}_quantizer"
+            for linear in linears
+        ]
+        with redirect_stdout(io.StringIO()):  # it prints how many quantizers it inserted
+            mtq.quantize(layer, {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *wanted], "algorithm": None})
+        enable_stats_collection(layer)
+        for linear, module in modules.items():
+            for kind in KINDS:
+                name_failures(getattr(module, f"{kind}_quantizer"), linear, kind)
+            module.weight_quantizer(module.weight)
+            module.weight_quantizer.disable_calib()  # once is enough: the weight does not change from row to row
+
+        def read() -> Amax:
+            finish_stats_collection(layer)
+            found: Amax = {}
+            for linear, module in modules.items():
+                amax = {kind: getattr(module, f"{kind}_quantizer").amax for kind in KINDS}
+                found[linear] = {kind: float(value) for kind, value in amax.items() if value is not None}
+            return found
+
+        yield read
+
+    def quantize_group(
+        self, weights: Mapping[str, torch.Tensor], input_amax: Mapping[str, float]
+    ) -> dict[str, torch.Tensor]:
+        """weights: bf16 [O, I] by linear; input_amax: by linear, unused with unit scales.
+
+        Raises LayoutError naming the linear if a weight is all zero or not finite.
+        """
+        import torch
+
+        from builder.kernels import max_magnitude
+
+        amax = {linear: max_magnitude(weight) for linear, weight in weights.items()}
+        for linear, value in amax.items():
+            if not 0.0 < value < float("inf"):
+                raise LayoutError(
+                    f"the weights of {linear} are {'all zero' if value == 0.0 else 'not finite'}",
+                    f"{linear}.weight",
+                    f"add {linear} to scheme.ignore if the base model is meant to be so, or fetch it again",
+                )
+        weight_scale = torch.tensor(max(amax.values()), dtype=torch.float32) / LARGEST
+        if self.measures_inputs:
+            input_scale = torch.tensor(max(input_amax[linear] for linear in weights), dtype=torch.float32) / LARGEST
+        else:
+            input_scale = torch.tensor(UNIT_SCALE)
+        if self.layout == "compressed-tensors":
+            stored = [(1 / weight_scale).reshape(1), (1 / input_scale).reshape(1)]
+        else:
+            stored = [weight_scale, input_scale]
+        packed, scale, weight_global, input_global = self.names
+        tensors: dict[str, torch.Tensor] = {}
+        for linear, weight in weights.items():
+            tensors[f"{linear}.{packed}"], tensors[f"{linear}.{scale}"] = self.pack(weight, weight_scale.item())
+            tensors[f"{linear}.{weight_global}"], tensors[f"{linear}.{input_global}"] = stored
+        return tensors
+
+    def pack(self, weight_OI: torch.Tensor, weight_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes uint8 [O, I / 2] and block scales float8_e4m3fn [O, I / 16]; weight_scale: a float32 value."""
+        from builder.kernels import pack_nvfp4
+
+        return pack_nvfp4(weight_OI, weight_scale, block_scale_floor=self.block_scale_floor)
+
+    def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
+        if self.layout == "modelopt":
+            return self.modelopt_config(ignore)
+        from importlib.metadata import version
+
+        weights = {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "tensor_group",
+            "group_size": BLOCK,
+            "symmetric": True,
+            "dynamic": False,
+            "scale_dtype": "torch.float8_e4m3fn",
+        }
+        return {
+            "config_groups": {
+                "group_0": {
+                    "format": "nvfp4-pack-quantized",
+                    "input_activations": {**weights, "dynamic": "local"},
+                    "targets": ["Linear"],
+                    "weights": weights,
+                }
+            },
+            "format": "nvfp4-pack-quantized",
+            "ignore": sorted(ignore),
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "version": version("compressed-tensors"),
+        }
+
+    def modelopt_config(self, ignore: Sequence[str]) -> dict[str, Any]:
+        """As `export_hf_checkpoint` of modelopt 0.47 writes it, from which engines know the layout."""
+        quantizer = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+        return {
+            "config_groups": {
+                "group_0": {"input_activations": quantizer, "weights": dict(quantizer), "targets": ["Linear"]}
+            },
+            "ignore": sorted(ignore),
+            "quant_algo": "NVFP4",
+            "producer": describe_producer(),
+            "quant_method": "modelopt",
+        }
+
+    def extra_configs(self, ignore: Sequence[str]) -> dict[str, Any]:
+        if self.layout != "modelopt":
+            return {}
+        quantization = {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": BLOCK,
+            "exclude_modules": sorted(ignore),
+        }
+        return {"hf_quant_config.json": {"producer": describe_producer(), "quantization": quantization}}
+
+
+def name_failures(quantizer: Any, linear: str, kind: str) -> None:
+    """Make modelopt's bare assertion on a NaN say whose statistic it is."""
+    collect = quantizer._calibrator.collect
+
+    def collect_or_name(values: torch.Tensor) -> None:
+        try:
+            collect(values)
+        except AssertionError as error:
+            what = f"there is a NaN in the {kind} of {linear}"
+            raise CalibrationError(what, linear, "fetch the base model again, or use a sound one") from error
+
+    quantizer._calibrator.collect = collect_or_name
+
+
+def describe_producer() -> dict[str, str]:
+    """The library whose format and arithmetic the layout is."""
+    from importlib.metadata import version
+
+    return {"name": "modelopt", "version": version("nvidia-modelopt")}
