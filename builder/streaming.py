@@ -1,0 +1,171 @@
+"""One decoder layer at a time: a model built on the meta device, its layers loaded, run and freed in turn.
+
+Shapes: T tokens of a row, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from builder.base import Checkpoint
+from builder.families import build_model, find_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def describe_machine(device: str) -> str:
+    """The class of machine that measured statistics are the same on: an instruction set, or a model of GPU."""
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@dataclass
+class Row:
+    """A row of tokens on its way through the layers.
+
+    hidden: [1, T, H], what the next layer reads. arguments: what each layer is called with besides.
+    """
+
+    hidden: torch.Tensor
+    arguments: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class Recorder(torch.nn.Module):
+    """Stands in a layer's place, passes hidden states on unchanged and notes what the layer would be called with."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # kept out of the module tree; families read attributes such as attention_type
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.seen: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.calls.append((args, kwargs))
+        self.seen.append(hidden_states)
+        return hidden_states
+
+
+class Normed(Exception):
+    """Carries the final norm's input or output out of a forward pass; not an error."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+
+
+class LayerStream:
+    """A model of which at most one layer has its weights in memory.
+
+    checkpoint: where weights come from, by the model's own parameter names.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        self.model = build_model(checkpoint.config, str(checkpoint.folder))
+        self.prepare_model()
+        self.prefix, layers = find_layers(self.model)
+        self.layers = list(layers)
+        self.recorders = [Recorder(layer) for layer in self.layers]
+        parent, _, attribute = self.prefix.rpartition(".")
+        setattr(self.model.get_submodule(parent), attribute, torch.nn.ModuleList(self.recorders))
+        compute_buffers(self.model, self.device)
+        for layer in self.layers:
+            compute_buffers(layer, self.device, self.model)
+        self.load_edges()
+
+    def prepare_model(self) -> None:
+        """Change the model while all of it is on the meta device; a base model is run as it is."""
+
+    def finish_layer(self, layer: torch.nn.Module) -> None:
+        """Change a layer that has just got its weights; a base model's is run as it is."""
+
+    def load_edges(self) -> None:
+        """Map embeddings, final norm and lm_head from their files; only the pages that are used are read."""
+        weights = {name: self.load(name) for name, _ in self.model.named_parameters()}
+        self.model.load_state_dict(weights, strict=False, assign=True)
+        self.model.tie_weights()
+        self.model.requires_grad_(False)
+
+    def load(self, name: str) -> torch.Tensor:
+        return self.checkpoint.load(name).to(self.device)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Sequence[int]) -> Row:
+        """Turn token ids into the first layer's input, and find what every layer is called with."""
+        for recorder in self.recorders:
+            recorder.calls.clear()
+            recorder.seen.clear()
+        head = self.model.get_output_embeddings()
+
+        def stop(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            raise Normed(inputs[0])
+
+        hook = head.register_forward_pre_hook(stop)
+        try:
+            self.model(input_ids=torch.tensor([list(tokens)], device=self.device), use_cache=False)
+        except Normed:
+            pass
+        finally:
+            hook.remove()
+        return Row(self.recorders[0].seen[0], [recorder.calls[0] for recorder in self.recorders])
+
+    @contextmanager
+    def open_layer(self, index: int) -> Iterator[torch.nn.Module]:
+        """One layer with its weights, for as long as the block runs."""
+        layer = copy.deepcopy(self.layers[index])
+        weights = {name: self.load(f"{self.prefix}.{index}.{name}") for name, _ in layer.named_parameters()}
+        layer.load_state_dict(weights, strict=False, assign=True)
+        layer.requires_grad_(False)
+        self.finish_layer(layer)
+        yield layer
+        layer.to("meta")
+
+    @torch.inference_mode()
+    def run_layer(self, layer: torch.nn.Module, index: int, row: Row) -> None:
+        """Carry a row through a layer; its hidden states are replaced by what the layer yields."""
+        args, kwargs = row.arguments[index]
+        out = layer(row.hidden, *args, **kwargs)
+        row.hidden = out[0] if isinstance(out, tuple) else out
+
+    @torch.inference_mode()
+    def read_logits(self, row: Row) -> torch.Tensor:
+        """Final norm and lm_head, with whatever the family does around them: [T, V] from a row past the last layer."""
+        last = self.recorders[-1]
+
+        def replace(module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+            return row.hidden
+
+        hook = last.register_forward_hook(replace, with_kwargs=True)
+        try:
+            tokens = torch.zeros(1, row.hidden.shape[1], dtype=torch.long, device=self.device)
+            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        finally:
+            hook.remove()
+        return logits[0]
+
+
+def compute_buffers(module: torch.nn.Module, device: torch.device, model: PreTrainedModel | None = None) -> None:
+    """Give buffers that are computed and not stored (rotary frequencies, embedding scales) their values.
+
+    transformers computes them in `_init_weights`, as it does when it loads a checkpoint itself.
+    """
+    owner: Any = model or module
+    for part in module.modules():
+        missing = {name: buffer for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta}
+        if missing:
+            part._buffers.update({name: torch.empty_like(buffer, device=device) for name, buffer in missing.items()})
+            owner._init_weights(part)
