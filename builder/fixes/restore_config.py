@@ -1,0 +1,49 @@
+"""A config.json that speaks of the exporter's template instead of the model."""
+
+import json
+from typing import Any
+
+from builder.artifact import Draft
+from builder.fixes.fix import Fix, list_briefly
+
+OWN = ("quantization_config", "transformers_version")  # what the artifact may say by itself
+
+
+def detect(draft: Draft) -> str | None:
+    ours, theirs = describe_model(draft.read_json("config.json")), describe_model(draft.read_base_json("config.json"))
+    wrong = [key for key in sorted(ours.keys() | theirs.keys()) if show(ours, key) != show(theirs, key)]
+    if not wrong:
+        return None
+    told = [f"{key} is {show(ours, key)}, but {show(theirs, key)} in the base" for key in wrong]
+    return f"In config.json {list_briefly(told)}."
+
+
+def describe_model(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of the model; `torch_dtype` under its newer name."""
+    return {"dtype" if key == "torch_dtype" else key: value for key, value in config.items() if key not in OWN}
+
+
+def show(config: dict[str, Any], key: str) -> str:
+    return json.dumps(config[key], sort_keys=True) if key in config else "absent"
+
+
+def apply(draft: Draft) -> None:
+    quantization = draft.read_json("config.json")["quantization_config"]
+    draft.write_json("config.json", {**draft.read_base_json("config.json"), "quantization_config": quantization})
+
+
+FIX = Fix(
+    name="restore-config",
+    title="config.json describes the base model",
+    symptom=(
+        "vLLM refuses the embeddings because vocab_size is 2, or builds a model of one layer; generation lacks its "
+        "token ids, or runs without a cache."
+    ),
+    upstream=(
+        "nvidia-modelopt writes the config of whatever it exports: of a one-layer template its num_hidden_layers, "
+        "vocab_size, token ids and use_cache. The published pipeline restored all but use_cache."
+    ),
+    healthy="config.json says of the model what the base's says.",
+    detect=detect,
+    apply=apply,
+)
