@@ -1,0 +1,104 @@
+"""Held-out perplexity of a base model or an artifact, layer by layer.
+
+An artifact is read through compressed-tensors' own decompression and activation quantization, as transformers would
+run it whole; the `modelopt` layout is renamed in memory first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from builder.base import Checkpoint, open_checkpoint, read_tensors
+from builder.calibration import load_tokenizer
+from builder.errors import BaseError, BuildError
+from builder.files import read_json
+from builder.streaming import LayerStream
+
+LONGEST_WINDOW = 2048
+FROM_MODELOPT = {
+    "weight_packed": "weight",
+    "weight_global_scale": "weight_scale_2",
+    "input_global_scale": "input_scale",
+}
+
+
+class ArtifactStream(LayerStream):
+    """A quantized model, its layers decompressed by compressed-tensors one at a time.
+
+    quantization_config: in compressed-tensors' form, whatever the artifact's layout.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, quantization_config: dict[str, Any], device: str = "cpu") -> None:
+        self.quantization_config = quantization_config
+        super().__init__(checkpoint, device)
+
+    def prepare_model(self) -> None:
+        from compressed_tensors.compressors.base import compress_module
+        from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+        config = QuantizationConfig.model_validate(self.quantization_config)
+        apply_quantization_config(self.model, config, show_progress=False)
+        for module in self.model.modules():
+            compress_module(module)  # gives it the parameters of its compressed form; does nothing to the others
+
+    def finish_layer(self, layer: torch.nn.Module) -> None:
+        from compressed_tensors.compressors.base import decompress_module
+
+        for module in layer.modules():
+            decompress_module(module)
+
+    def load(self, name: str) -> torch.Tensor:
+        module, _, suffix = name.rpartition(".")
+        stored = f"{module}.{FROM_MODELOPT.get(suffix, suffix)}"
+        if name in self.checkpoint.tensors or stored not in self.checkpoint.tensors:
+            return super().load(name)
+        tensor = super().load(stored)
+        return tensor if suffix == "weight_packed" else (1 / tensor).reshape(1)
+
+
+def open_artifact(folder: Path, quantization_config: dict[str, Any], device: str = "cpu") -> ArtifactStream:
+    """A finished artifact as a stream of layers."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise BaseError(f"{folder}/config.json cannot be read", str(folder), "build the release again")
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return ArtifactStream(Checkpoint(folder, plain, read_tensors(folder, str(folder))), quantization_config, device)
+
+
+def open_base(folder: Path, device: str = "cpu") -> LayerStream:
+    """A base model as a stream of layers."""
+    return LayerStream(open_checkpoint(folder, str(folder)), device)
+
+
+def split_text(path: Path, base: Path, longest: int, where: str) -> list[list[int]]:
+    """The held-out text as windows of token ids that do not overlap; the last one may be shorter."""
+    if not path.is_file():
+        raise BuildError(f"no such file: {path}", where, "give a text file relative to the manifest")
+    tokenizer = load_tokenizer(base, where)
+    tokens = tokenizer(path.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    windows = [tokens[start : start + longest] for start in range(0, len(tokens), longest)]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise BuildError(f"{path.name} has no text to measure on", where, "give some thousand words")
+    return windows
+
+
+def measure_perplexity(stream: LayerStream, windows: Sequence[Sequence[int]]) -> float:
+    """exp of the mean negative log-likelihood of every token but each window's first."""
+    rows = [stream.embed(window) for window in windows]
+    for index in range(len(stream.layers)):
+        with stream.open_layer(index) as layer:
+            for row in rows:
+                stream.run_layer(layer, index, row)
+    total, count = 0.0, 0
+    for row, window in zip(rows, windows, strict=True):
+        log_likelihood = torch.log_softmax(stream.read_logits(row)[:-1].float(), dim=-1)
+        targets = torch.tensor(list(window[1:]), device=log_likelihood.device)
+        total -= float(log_likelihood.gather(1, targets[:, None]).double().sum())
+        count += len(targets)
+    return math.exp(total / count)

@@ -1,0 +1,947 @@
+"""A finished artifact, read as a stranger would read it: what is wrong with it, and what was looked at.
+
+Nothing here knows how the files were made. Headers, bits and scales are read anew with numpy; a sample of linears is
+quantized again by the reference library, and where memory allows the whole model is loaded by transformers, each in a
+process of its own. One tensor's band of rows is in memory at a time, so the model's size does not matter.
+
+Shape legend: N outputs, K inputs of a linear; a block is 16 inputs; a byte holds two codes, the even column low.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from builder.errors import BaseError, VerifyError
+from builder.files import CHUNK_BYTES, PUBLISHED_MODE, read_json
+
+CHECKS = {
+    "files": "the folder holds only regular files of mode 0644: no links, pickles, code, leftovers or stray weights",
+    "headers": "every weight file is whole: its header fits its size, without holes, overlaps or misaligned tensors",
+    "index": "index and files name the same tensors in the same files, and the total size is right",
+    "plan": "every tensor has the name, dtype, shape and file that were planned",
+    "layout": "each quantized linear has exactly the tensors that the layout's loaders read, shaped after the base's",
+    "bits": "quantized linears take 4.5 bits per weight",
+    "unquantized": "every other tensor equals the base's bit for bit, and none is lost",
+    "block scales": "block scales are finite and positive, and the largest of each fused set is 448",
+    "global scales": "each is the base's amax / 2688 (modelopt) or the inverse (compressed-tensors), to the last bit",
+    "codes": "every block uses its largest code, so nothing was left unwritten",
+    "dequantized": "rows read back from codes and scales are close to the base's",
+    "fused": "linears that inference engines fuse share their global scales",
+    "input scales": "they were measured: plausible as maxima of activations, not inverted, not one injected constant",
+    "config": "config.json says what the base's says, apart from quantization_config",
+    "quantization config": "it describes this layout and leaves out exactly the linears that were not quantized",
+    "copied files": "tokenizer, chat template, generation config: the base's, byte for byte, none forgotten",
+    "reference": "a sample of linears, quantized again by the reference library, has the same bytes",
+    "loading": "transformers loads it with no missing or unexpected keys, and a forward gives finite logits",
+}
+
+Severity = Literal["error", "warning"]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong; prints as three lines."""
+
+    check: str
+    severity: Severity
+    where: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.severity} ({self.check}): {self.what}\n  in {self.where}\n  fix: {self.fix}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """checks: how many things each check of CHECKS looked at; 0 means that it did not run."""
+
+    findings: tuple[Finding, ...]
+    checks: dict[str, int]
+    loaded_whole: bool
+    reference_sampled: tuple[str, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+
+def verify_artifact(
+    artifact: Path, base: Path, expected: Mapping[str, Any], *, sample: int = 8, whole_model: bool | None = None
+) -> Report:
+    """Compare an artifact with its base model and with what was planned.
+
+    expected: scheme, layout, input_scale, block_scale_floor, generation_config, ignore; `tensors` {name: {dtype, shape,
+    file}}; `quantized` module names; `fused` lists of module names that share a global scale; `unused` (may be absent)
+    tensors of the base that the model has no place for.
+    sample: how many fused sets the reference library quantizes again; 0 for none.
+    whole_model: load it with transformers; None decides by the memory there is.
+    Raises BaseError if the base cannot be read, VerifyError if the scheme is unknown here or a helper process dies.
+    """
+    if expected["scheme"] != "nvfp4":
+        raise VerifyError(f"no check knows the scheme {expected['scheme']}", "the plan", "use nvfp4, or skip verifying")
+    reading = Reading(artifact, base, expected)
+    check_files(reading)
+    check_index(reading)
+    check_plan(reading)
+    check_layout(reading)
+    sampled = [group for group in spread(reading.fused, sample) if reading.sound.issuperset(group)]
+    loaded = fits_in_memory(reading) if whole_model is None else whole_model
+    with ThreadPoolExecutor(1) as beside:  # the reference library is slow: it works while all else is checked
+        reference = beside.submit(ask_reference, reading, sampled)
+        check_unquantized(reading)
+        for group in reading.fused:
+            check_weights(reading, group)
+        check_fused(reading)
+        check_input_scales(reading)
+        check_config(reading)
+        check_quantization_config(reading)
+        check_copied_files(reading)
+        if loaded:
+            check_loading(reading)
+        check_reference(reading, reference.result())
+    names = tuple(module for group in sampled for module in group)
+    return Report(tuple(reading.findings), {name: reading.counts[name] for name in CHECKS}, loaded, names)
+
+
+# ------------------------------------------------------------------------------------------------ reading the bits
+
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}  # all others take one byte
+REBUILD = "build the release again; if it comes back, this is a defect of the builder"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor's bytes lie. begin: offset in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    num_bytes: int
+
+    def read(self, begin: int, num_bytes: int) -> Bytes:
+        return np.fromfile(self.file, np.uint8, num_bytes, offset=self.begin + begin)
+
+    def chunks(self) -> Iterator[Bytes]:
+        for begin in range(0, self.num_bytes, CHUNK_BYTES):
+            yield self.read(begin, min(CHUNK_BYTES, self.num_bytes - begin))
+
+    def rows(self, begin: int, end: int) -> Bytes:
+        """Rows [begin, end) of a matrix, as bytes [end - begin, row bytes]."""
+        row_bytes = self.num_bytes // self.shape[0]
+        return self.read(begin * row_bytes, (end - begin) * row_bytes).reshape(end - begin, row_bytes)
+
+    def scalar(self) -> np.float32:
+        """The one value of an F32 tensor of shape [] or [1]."""
+        return np.float32(self.read(0, 4).view(np.float32)[0])
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for chunk in self.chunks():
+            digest.update(chunk.data)
+        return digest.hexdigest()
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file. Raises VerifyError if header and size do not fit together."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if 8 + length <= size else b""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {
+            name: Entry(path, tensor["dtype"], tuple(tensor["shape"]), 8 + length + begin, end - begin)
+            for name, tensor in header.items()
+            for begin, end in [tensor["data_offsets"]]
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VerifyError("the header is not that of a safetensors file", path.name, REBUILD) from error
+    position = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].num_bytes)):
+        item_bytes = ITEM_BYTES.get(entry.dtype, 1)
+        if entry.begin != position or entry.num_bytes != int(np.prod(entry.shape, dtype=np.int64)) * item_bytes:
+            raise VerifyError(f"{name} begins at byte {entry.begin}, not {position}, or ends wrong", path.name, REBUILD)
+        if entry.begin % item_bytes:
+            raise VerifyError(f"{name} ({entry.dtype}) begins at odd byte {entry.begin}", path.name, REBUILD)
+        position += entry.num_bytes
+    if position != size:
+        raise VerifyError(f"the file has {size} bytes, its header describes {position}", path.name, REBUILD)
+    return entries
+
+
+def read_base(base: Path) -> dict[str, Entry]:
+    """Every tensor of the base model, through its index where it has one."""
+    index = read_json(base / "model.safetensors.index.json")
+    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    entries: dict[str, Entry] = {}
+    for name in names:
+        if not (base / name).is_file():
+            raise BaseError(f"{name} is missing", str(base), "fetch the base model again")
+        entries |= read_header(base / name)
+    return entries
+
+
+def float8_value(code: int) -> float:
+    """The number an F8_E4M3 byte stands for (4 exponent bits, bias 7; 3 of mantissa; 0x7F and 0xFF are NaN)."""
+    sign, exponent, mantissa = -1.0 if code & 0x80 else 1.0, code >> 3 & 0xF, code & 7
+    if code & 0x7F == 0x7F:
+        return float("nan")
+    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+FLOAT8 = np.array([float8_value(code) for code in range(256)], np.float32)
+FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+NAN, ONE, LARGEST, SMALLEST_NORMAL = 0x7F, 0x38, 0x7E, 0x08  # F8_E4M3 bytes: NaN, 1.0, 448, 2^-6
+USES_SIX = np.array([byte & 7 == 7 or byte >> 4 & 7 == 7 for byte in range(256)])
+
+
+def read_floats(raw: Bytes, dtype: str) -> npt.NDArray[np.float32]:
+    """Bytes of BF16, F16 or F32, last axis in bytes, as float32."""
+    if dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return raw.view({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
+
+
+def read_amax(entry: Entry) -> float:
+    """The largest magnitude of a BF16, F16 or F32 tensor, in its own precision; inf or NaN if there is one.
+
+    Without the sign bit, such floats are ordered as the integers that their bits spell.
+    """
+    kind: Any = np.uint32 if entry.dtype == "F32" else np.uint16
+    magnitude = kind(np.iinfo(kind).max >> 1)
+    largest = max((kind((chunk.view(kind) & magnitude).max()) for chunk in entry.chunks()), default=kind(0))
+    return float(read_floats(np.array([largest], kind).view(np.uint8), entry.dtype)[0])
+
+
+# ------------------------------------------------------------------------------------------------ the layouts
+
+INPUT_SCALE = {"compressed-tensors": "input_global_scale", "modelopt": "input_scale"}
+GLOBAL_SCALE = {"compressed-tensors": "weight_global_scale", "modelopt": "weight_scale_2"}
+CODES = {"compressed-tensors": "weight_packed", "modelopt": "weight"}
+FULL_SCALE = np.float32(6 * 448)  # largest code times largest block scale
+
+FUSED_BY_ENGINES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+
+
+def contract(layout: str, num_outputs: int, num_inputs: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{suffix: (dtype, shape)} of what loaders of the layout read for a linear."""
+    scalar = (1,) if layout == "compressed-tensors" else ()
+    return {
+        CODES[layout]: ("U8", (num_outputs, num_inputs // 2)),
+        "weight_scale": ("F8_E4M3", (num_outputs, num_inputs // 16)),
+        GLOBAL_SCALE[layout]: ("F32", scalar),
+        INPUT_SCALE[layout]: ("F32", scalar),
+    }
+
+
+@dataclass
+class Reading:
+    """What is read, what it is compared with, and what came of it so far."""
+
+    artifact: Path
+    base: Path
+    expected: Mapping[str, Any]
+    findings: list[Finding] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    entries: dict[str, Entry] = field(default_factory=dict)  # of the artifact
+    sound: set[str] = field(default_factory=set)  # quantized linears whose tensors can be read as the layout says
+
+    def __post_init__(self) -> None:
+        self.layout: str = self.expected["layout"]
+        self.source = read_base(self.base)
+        self.quantized: list[str] = list(self.expected["quantized"])
+        grouped = {module for group in self.expected["fused"] for module in group}
+        self.fused: list[list[str]] = [list(group) for group in self.expected["fused"]]
+        self.fused += [[module] for module in self.quantized if module not in grouped]
+        self.base_config = read_json(self.base / "config.json")
+        if not isinstance(self.base_config, dict):
+            raise BaseError("config.json is missing or not JSON", str(self.base), "fetch the base model again")
+
+    def add(self, check: str, where: str, what: str, fix: str = REBUILD, severity: Severity = "error") -> None:
+        assert check in CHECKS
+        self.findings.append(Finding(check, severity, where, what, fix))
+
+    def codes(self, module: str) -> Entry:
+        return self.entries[f"{module}.{CODES[self.layout]}"]
+
+    def global_scale(self, module: str) -> np.float32:
+        return self.entries[f"{module}.{GLOBAL_SCALE[self.layout]}"].scalar()
+
+    def input_scale(self, module: str) -> np.float32:
+        return self.entries[f"{module}.{INPUT_SCALE[self.layout]}"].scalar()
+
+    def implied_amax(self, scale: np.float32) -> float:
+        """The largest magnitude that a global scale was made for."""
+        return float(scale) * 2688 if self.layout == "modelopt" else 2688 / float(scale)
+
+    def unquantized_linears(self) -> list[str]:
+        """Linears of the base that stay as they are: matrices that are not embeddings, and lm_head even when tied."""
+        matrices = {
+            name.removesuffix(".weight")
+            for name, entry in self.source.items()
+            if name.endswith(".weight") and len(entry.shape) == 2 and not re.search(r"embed|\bwte\b|\bwpe\b", name)
+        }
+        unused = {name.removesuffix(".weight") for name in self.expected.get("unused", ())}
+        return sorted((matrices | {"lm_head"}) - set(self.quantized) - unused)
+
+
+# ------------------------------------------------------------------------------------------------ files and names
+
+FORBIDDEN = {
+    "a pickle or another framework's weights": "*.bin *.pt *.pth *.pkl *.pickle *.ckpt *.h5 *.msgpack *.npy *.npz",
+    "program code": "*.py *.pyc *.so *.sh",
+    "a leftover": "*.partial *.part *.tmp *.temp *.incomplete *.lock *.swp *.bak *~ .?*",
+}
+
+
+def check_files(reading: Reading) -> None:
+    for path in sorted(reading.artifact.rglob("*")):
+        name = path.relative_to(reading.artifact).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            if path.name.startswith(".") or path.name == "__pycache__":
+                reading.add("files", name, f"the folder {path.name} does not belong here", f"remove {name}")
+            continue
+        reading.counts["files"] += 1
+        if path.is_symlink() or not path.is_file():
+            reading.add("files", name, "not a regular file", "copy the file itself into the folder")
+            continue
+        if path.stat().st_mode & 0o777 != PUBLISHED_MODE:
+            reading.add("files", name, f"mode {path.stat().st_mode & 0o777:04o}, not 0644", f"chmod 644 {name}")
+        for kind, patterns in FORBIDDEN.items():
+            if name != ".gitattributes" and any(fnmatchcase(path.name, pattern) for pattern in patterns.split()):
+                reading.add("files", name, f"{path.name} is {kind}", f"remove {name}")
+        with path.open("rb") as file:
+            head = file.read(4)
+        if head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 1):
+            reading.add("files", name, "its first bytes are those of a pickle or an archive", f"remove {name}")
+
+
+def check_index(reading: Reading) -> None:
+    """Also fills `reading.entries` from every weight file that can be read."""
+    present = {path.name: path for path in sorted(reading.artifact.glob("*.safetensors")) if path.is_file()}
+    index_path = reading.artifact / "model.safetensors.index.json"
+    index = read_json(index_path)
+    single = not index_path.exists() and set(present) == {"model.safetensors"}
+    if not single and not (isinstance(index, dict) and isinstance(index.get("weight_map"), dict)):
+        reading.add("index", index_path.name, "the index is missing or is not one")
+    weight_map = index["weight_map"] if isinstance(index, dict) and isinstance(index.get("weight_map"), dict) else {}
+    for name, path in present.items():
+        try:
+            entries = read_header(path)
+        except VerifyError as error:
+            reading.add("headers", error.where, error.what, error.fix)
+            continue
+        reading.counts["headers"] += 1
+        for tensor in sorted(entries.keys() & reading.entries.keys()):
+            reading.add("index", name, f"{tensor} is in {reading.entries[tensor].file.name} as well")
+        reading.entries |= entries
+        if not single and name not in weight_map.values():
+            reading.add("files", name, "a weight file that the index does not name", f"remove {name}")
+    if single:
+        reading.counts["index"] = len(reading.entries)
+        return
+    for tensor, file in sorted(weight_map.items()):
+        reading.counts["index"] += 1
+        if not isinstance(file, str) or file not in present:
+            reading.add("index", index_path.name, f"{tensor} is said to be in {file}, which is not here")
+        elif tensor not in reading.entries or reading.entries[tensor].file.name != file:
+            reading.add("index", file, f"{tensor} is not in the file the index names")
+    for tensor in sorted(reading.entries.keys() - weight_map.keys()):
+        reading.add("index", reading.entries[tensor].file.name, f"{tensor} is not in the index")
+    metadata = index.get("metadata") if isinstance(index, dict) else None
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(entry.num_bytes for entry in reading.entries.values())
+    if said != total:
+        reading.add("index", index_path.name, f"total_size is {said}, the tensors have {total} bytes")
+
+
+def check_plan(reading: Reading) -> None:
+    planned = reading.expected["tensors"]
+    for name, tensor in sorted(planned.items()):
+        reading.counts["plan"] += 1
+        if name not in reading.entries:
+            reading.add("plan", tensor["file"], f"{name} is missing")
+            continue
+        entry = reading.entries[name]
+        found, wanted = (
+            (entry.dtype, list(entry.shape), entry.file.name),
+            (tensor["dtype"], list(tensor["shape"]), tensor["file"]),
+        )
+        if found != wanted:
+            reading.add("plan", entry.file.name, f"{name} is {describe(found)}, planned was {describe(wanted)}")
+    for name in sorted(reading.entries.keys() - planned.keys()):
+        reading.add("plan", reading.entries[name].file.name, f"{name} was not planned")
+
+
+def describe(tensor: tuple[str, Sequence[int], str]) -> str:
+    return f"{tensor[0]} {list(tensor[1])} in {tensor[2]}"
+
+
+def check_layout(reading: Reading) -> None:
+    """Also fills `reading.sound`, and counts the bits."""
+    known = set(reading.source)
+    for module in reading.quantized:
+        weight = reading.source.get(f"{module}.weight")
+        if weight is None or len(weight.shape) != 2 or weight.shape[1] % 16:
+            reading.add("layout", module, "the base has no such matrix whose inputs divide by 16", "correct the plan")
+            continue
+        known.discard(f"{module}.weight")
+        num_bytes, problems = 0, []
+        for suffix, (dtype, shape) in contract(reading.layout, *weight.shape).items():
+            known.add(f"{module}.{suffix}")
+            reading.counts["layout"] += 1
+            entry = reading.entries.get(f"{module}.{suffix}")
+            if entry is None:
+                problems.append(f"{suffix} is missing")
+                continue
+            num_bytes += entry.num_bytes if suffix in (CODES[reading.layout], "weight_scale") else 0
+            if (entry.dtype, entry.shape) != (dtype, shape):
+                problems.append(f"{suffix} is {entry.dtype} {list(entry.shape)}, not {dtype} {list(shape)}")
+        for problem in problems:
+            reading.add("layout", module, problem)
+        if not problems:
+            reading.sound.add(module)
+        bits = 8 * num_bytes / (weight.shape[0] * weight.shape[1])
+        reading.counts["bits"] += 1
+        if bits != 4.5:
+            reading.add("bits", module, f"{bits:.3g} bits per weight, the scheme promises 4.5")
+    for name in sorted(reading.entries.keys() - known):
+        reading.add("layout", reading.entries[name].file.name, f"{name} belongs neither to the base nor to the layout")
+
+
+def check_unquantized(reading: Reading) -> None:
+    replaced = {f"{module}.weight" for module in reading.quantized}
+    tied = bool(reading.base_config.get("tie_word_embeddings"))
+    for name, entry in sorted(reading.source.items()):
+        if name in replaced:
+            continue
+        ours = reading.entries.get(name)
+        if ours is None:
+            dropped = name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+            if name in reading.expected.get("unused", ()):
+                reading.add("unquantized", name, "left out, as the model has no place for it", "none needed", "warning")
+            elif not (dropped and name not in reading.expected["tensors"]):
+                reading.add("unquantized", name, "the base has this tensor, the artifact has not")
+            continue
+        reading.counts["unquantized"] += 1
+        if (ours.dtype, ours.shape) != (entry.dtype, entry.shape):
+            reading.add(
+                "unquantized",
+                name,
+                f"{ours.dtype} {list(ours.shape)}, in the base {entry.dtype} {list(entry.shape)}",
+            )
+        elif any(not np.array_equal(mine, theirs) for mine, theirs in zip(ours.chunks(), entry.chunks(), strict=True)):
+            reading.add("unquantized", name, "its bytes differ from the base's")
+
+
+# ------------------------------------------------------------------------------------------------ weights and scales
+
+BAND_ROWS = 64  # rows of each linear that are read back
+MAX_RELATIVE_ERROR = 0.2  # about 0.1 for any real weight; the worst 16 values there are reach 0.19
+
+
+def check_weights(reading: Reading, group: Sequence[str]) -> None:
+    """Codes and scales of linears that share a global scale, against the base's weights."""
+    if not reading.sound.issuperset(group):
+        return
+    amax = max(read_amax(reading.source[f"{module}.weight"]) for module in group)
+    multiplier = np.float32(amax) / FULL_SCALE
+    with np.errstate(divide="ignore"):
+        wanted = multiplier if reading.layout == "modelopt" else np.float32(1) / multiplier
+    largest = 0
+    for module in group:
+        reading.counts["global scales"] += 1
+        found = reading.global_scale(module)
+        if found != wanted:
+            inverted = bool(np.isclose(float(found) * float(wanted), 1, rtol=1e-3))
+            reading.add(
+                "global scales",
+                f"{module}.{GLOBAL_SCALE[reading.layout]}",
+                f"{found!s}, but the base's amax {amax:g} gives {wanted!s}"
+                + (": it is the inverse" if inverted else ""),
+            )
+        largest = max(largest, check_blocks(reading, module))
+        check_dequantized(reading, module)
+    if largest != LARGEST:
+        reading.add(
+            "block scales",
+            group[0],
+            f"the largest of the set is {FLOAT8[largest]:g}, not 448: not made for its global scale",
+        )
+
+
+def check_blocks(reading: Reading, module: str) -> int:
+    """Every block scale and every code of a linear. Returns its largest scale as F8_E4M3 byte, at most 448.
+
+    Rounding a scale to 4 bits moves it by 1/16 at most if it is not below 2^-6, so a block's largest weight lies
+    above 6 / (1 + 1/16) > 5 and gets the code of 6. A block of zeros has the scale 1.
+    """
+    codes, scales = reading.codes(module), reading.entries[f"{module}.weight_scale"]
+    num_rows = codes.shape[0]
+    step = max(1, CHUNK_BYTES // max(1, codes.shape[1]))
+    largest, bad, idle = 0, Counter[str](), 0
+    for begin in range(0, num_rows, step):
+        scales_NB = scales.rows(begin, min(begin + step, num_rows))
+        codes_NH = codes.rows(begin, min(begin + step, num_rows))
+        bad["NaN"] += int(((scales_NB & 0x7F) == NAN).sum())
+        bad["negative"] += int((scales_NB > 0x7F).sum())
+        bad["zero"] += int((scales_NB == 0).sum()) if reading.expected["block_scale_floor"] else 0
+        used_NB = USES_SIX[codes_NH].view(np.uint64) != 0  # eight bytes to a block
+        idle += int((~used_NB & (scales_NB >= SMALLEST_NORMAL) & (scales_NB != ONE)).sum())
+        largest = max(largest, int(scales_NB.max()))
+    reading.counts["block scales"] += scales.num_bytes
+    reading.counts["codes"] += scales.num_bytes
+    for kind, number in bad.items():
+        if number:
+            reading.add("block scales", f"{module}.weight_scale", f"{number} of {scales.num_bytes} are {kind}")
+    if idle:
+        reading.add(
+            "codes", str(codes.file.name), f"{module}: {idle} of {scales.num_bytes} blocks never use their largest code"
+        )
+    return LARGEST if largest > LARGEST else largest
+
+
+def check_dequantized(reading: Reading, module: str) -> None:
+    """A band of rows, at a place that depends on the name, read back and compared with the base's."""
+    weight, codes = reading.source[f"{module}.weight"], reading.codes(module)
+    num_rows, num_columns = weight.shape
+    place = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "big")
+    begin = place % max(1, num_rows - BAND_ROWS + 1)
+    end = min(begin + BAND_ROWS, num_rows)
+    codes_RH = codes.rows(begin, end)
+    scales_RB = reading.entries[f"{module}.weight_scale"].rows(begin, end)
+    values = np.stack([FLOAT4[codes_RH & 0xF], FLOAT4[codes_RH >> 4]], axis=-1).reshape(end - begin, -1, 16)
+    scale = np.float32(reading.implied_amax(reading.global_scale(module)) / 2688)
+    usable = scales_RB >= SMALLEST_NORMAL  # below, a block is too small beside its tensor to keep its digits
+    values = values * (FLOAT8[scales_RB] * scale)[..., None]
+    wanted = read_floats(weight.rows(begin, end), weight.dtype).reshape(end - begin, num_columns // 16, 16)
+    difference = np.linalg.norm((values - wanted)[usable].astype(np.float64))
+    size = np.linalg.norm(wanted[usable].astype(np.float64))
+    reading.counts["dequantized"] += end - begin
+    if not difference <= MAX_RELATIVE_ERROR * size:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = difference / size
+        reading.add("dequantized", module, f"rows {begin} to {end - 1} are off by {relative:.2g} of their size")
+
+
+def check_fused(reading: Reading) -> None:
+    siblings: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for module in reading.quantized:
+        parent, _, name = module.rpartition(".")
+        for names in FUSED_BY_ENGINES:
+            if name in names:
+                siblings[parent, *names].append(module)
+    for group in {tuple(group): None for group in [*reading.fused, *siblings.values()] if len(group) > 1}:
+        if not reading.sound.issuperset(group):
+            continue
+        reading.counts["fused"] += 1
+        for suffix, read in ((GLOBAL_SCALE, reading.global_scale), (INPUT_SCALE, reading.input_scale)):
+            values = {module: read(module).tobytes() for module in group}
+            if len(set(values.values())) > 1:
+                listed = ", ".join(f"{module.rpartition('.')[2]} {read(module)!s}" for module in group)
+                reading.add("fused", group[0].rpartition(".")[0], f"{suffix[reading.layout]} differs: {listed}")
+
+
+HALF_MAX = 65504  # the largest number of float16, in which all these models can run: no activation lies above
+DEAD_AMAX = 1e-6
+NUM_MANY = 4  # so many linears do not share one measured value by chance
+
+
+def check_input_scales(reading: Reading) -> None:
+    """A multiplier read as a divisor gives 2688² / amax: above HALF_MAX for each amax below 110, and above 2688, where
+    both readings agree, for the typical linear.
+    """
+    suffix = INPUT_SCALE[reading.layout]
+    recalibrate = "calibrate again, and write the scales in the layout's own direction"
+    scales = {module: reading.input_scale(module) for module in reading.quantized if module in reading.sound}
+    reading.counts["input scales"] = len(scales)
+    unit = reading.expected["input_scale"] == "unit"
+    usable = {}
+    for module, scale in scales.items():
+        where = f"{module}.{suffix}"
+        if not (np.isfinite(scale) and scale > 0):
+            reading.add("input scales", where, f"{scale!s} is no scale", recalibrate)
+        elif unit and scale != 1:
+            reading.add(
+                "input scales", where, f"{scale!s}, but the plan says that all are 1.0", "plan input_scale: calibrated"
+            )
+        elif not unit and scale == 1:
+            reading.add("input scales", where, "exactly 1.0: injected, not measured", recalibrate)
+        elif not unit:
+            usable[module] = scale
+            amax = reading.implied_amax(scale)
+            if not DEAD_AMAX < amax < HALF_MAX:
+                reading.add("input scales", where, f"{scale!s} means activations up to {amax:.3g}", recalibrate)
+    if not usable:
+        return
+    middle = statistics.median(map(reading.implied_amax, usable.values()))
+    if middle > 2688:
+        reading.add(
+            "input scales", f"*.{suffix}", f"half of all mean activations above {middle:.3g}: inverted", recalibrate
+        )
+    # Experts of one layer share a measured scale, so they count as one linear.
+    places = {re.sub(r"\bexperts\.\d+\.", "experts.*.", module): scale for module, scale in usable.items()}
+    value, number = Counter(places.values()).most_common(1)[0]
+    if len(places) >= NUM_MANY and number > len(places) / 2:
+        reading.add(
+            "input scales",
+            f"*.{suffix}",
+            f"{number} of {len(places)} are {value!s}: injected, not measured",
+            recalibrate,
+        )
+
+
+# ------------------------------------------------------------------------------------------------ configs, copied files
+
+FLOAT4_BLOCKS = {"num_bits": 4, "type": "float", "group_size": 16}
+TENSOR_GROUP = {**FLOAT4_BLOCKS, "strategy": "tensor_group", "symmetric": True}
+QUANTIZATION_CONFIG: dict[str, dict[str, Any]] = {
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+    },
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": None},
+}
+CONFIG_GROUP: dict[str, dict[str, Any]] = {
+    "compressed-tensors": {
+        "targets": ["Linear"],
+        "weights": {**TENSOR_GROUP, "dynamic": False},
+        "input_activations": {**TENSOR_GROUP, "dynamic": "local"},
+    },
+    # Loaders do not read `dynamic` here, and releases of both kinds are about.
+    "modelopt": {"targets": ["Linear"], "weights": FLOAT4_BLOCKS, "input_activations": FLOAT4_BLOCKS},
+}
+MODELOPT_FILE = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}}
+
+COPIED = (
+    *("tokenizer*", "*.tiktoken", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("*.jinja", "chat_template*", "additional_chat_templates/*", "tekken.json", "*processor_config.json"),
+    "generation_config.json",
+)
+
+
+def check_config(reading: Reading) -> None:
+    config = read_json(reading.artifact / "config.json")
+    if not isinstance(config, dict):
+        reading.add("config", "config.json", "missing or not JSON")
+        return
+    ours, theirs = (plain_config(config), plain_config(reading.base_config))
+    reading.counts["config"] = len(ours.keys() | theirs.keys())
+    for key in sorted(ours.keys() | theirs.keys()):
+        if key not in ours or key not in theirs or ours[key] != theirs[key]:
+            found, wanted = (json.dumps(side[key]) if key in side else "absent" for side in (ours, theirs))
+            reading.add("config", f"config.json: {key}", f"{found}, in the base {wanted}", "add the fix restore-config")
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what may differ; `torch_dtype` under its newer name."""
+    renamed = {"dtype" if key == "torch_dtype" else key: value for key, value in config.items()}
+    return {key: value for key, value in renamed.items() if key not in ("quantization_config", "transformers_version")}
+
+
+def check_quantization_config(reading: Reading) -> None:
+    check, where = "quantization config", "config.json: quantization_config"
+    config = read_json(reading.artifact / "config.json")
+    ours = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(ours, dict):
+        reading.add(check, where, "missing")
+        return
+    groups = ours.get("config_groups")
+    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    wrong = [*differences(QUANTIZATION_CONFIG[reading.layout], ours)]
+    wrong += differences(CONFIG_GROUP[reading.layout], group, "config_groups.*")
+    check_ignore(reading, ours.get("ignore"), where)
+    if reading.layout == "modelopt":
+        beside = read_json(reading.artifact / "hf_quant_config.json")
+        wrong += differences(MODELOPT_FILE, beside, "hf_quant_config.json")
+        quantization = beside.get("quantization") if isinstance(beside, dict) else None
+        excluded = quantization.get("exclude_modules") if isinstance(quantization, dict) else None
+        check_ignore(reading, excluded, "hf_quant_config.json: exclude_modules")
+    elif isinstance(group, dict) and group.get("format", "nvfp4-pack-quantized") != "nvfp4-pack-quantized":
+        wrong.append(f"config_groups.*.format is {group['format']!r}, not 'nvfp4-pack-quantized'")
+    for sentence in wrong:
+        reading.add(check, where, sentence)
+
+
+def differences(wanted: Mapping[str, Any], found: Any, path: str = "") -> Iterator[str]:
+    """Sentences on each key of `wanted` that `found` gives otherwise; a None may also be absent."""
+    if not isinstance(found, dict):
+        yield f"{path or 'it'} is {json.dumps(found)}, not a mapping"
+        return
+    for key, value in wanted.items():
+        here = f"{path}.{key}" if path else key
+        if isinstance(value, dict):
+            yield from differences(value, found.get(key), here)
+        elif found.get(key) != value or type(found.get(key)) is not type(value):
+            yield f"{here} is {json.dumps(found.get(key))}, not {json.dumps(value)}"
+
+
+def check_ignore(reading: Reading, ignore: Any, where: str) -> None:
+    patterns = ignore if isinstance(ignore, list) else []
+    required = {*reading.unquantized_linears(), *reading.expected["ignore"]}
+    reading.counts["quantization config"] += len(required) + len(reading.quantized)
+    for module in sorted(required):
+        if not any(matches(module, pattern, reading.layout) for pattern in patterns):
+            reading.add(
+                "quantization config", where, f"{module} is not quantized, but not listed", f"list {module} there"
+            )
+    for module in reading.quantized:
+        for pattern in patterns:
+            if matches(module, pattern, reading.layout):
+                reading.add("quantization config", where, f"{module} is quantized, but {pattern} leaves it out")
+
+
+def matches(module: str, pattern: str, layout: str) -> bool:
+    """As engines do: a regular expression after `re:` (compressed-tensors), wildcards (modelopt), or the name."""
+    if layout == "compressed-tensors" and pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    return module == pattern or (layout == "modelopt" and fnmatchcase(module, pattern))
+
+
+def check_copied_files(reading: Reading) -> None:
+    for name in sorted(copied_names(reading.base) | copied_names(reading.artifact)):
+        if name == "generation_config.json" and reading.expected["generation_config"] != "copied":
+            continue
+        reading.counts["copied files"] += 1
+        ours, theirs = reading.artifact / name, reading.base / name
+        if not ours.is_file():
+            reading.add("copied files", name, "the base has this file, the artifact has not", "copy it from the base")
+        elif not theirs.is_file():
+            reading.add("copied files", name, "the base has no such file", f"remove {name}")
+        elif ours.read_bytes() != theirs.read_bytes():
+            reading.add("copied files", name, "its bytes differ from the base's", "copy it from the base")
+
+
+def copied_names(folder: Path) -> set[str]:
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {
+        name
+        for name in names
+        if not name.endswith((".py", ".safetensors"))
+        and ("/" not in name or name.startswith("additional_chat_templates/"))
+        and any(fnmatchcase(name, pattern) for pattern in COPIED)
+    }
+
+
+# ------------------------------------------------------------------------------------------------ other readers
+
+MODEL_WORKSPACE_BYTES = 2 << 30
+MAX_AMAX_RATIO = (
+    1000  # between calibration's rows and a few arbitrary tokens; an inverted scale is off by (2688 / amax)²
+)
+
+
+def spread(groups: Sequence[list[str]], number: int) -> list[list[str]]:
+    """`number` groups or fewer, each kind (name without its numbers) in turn, from the first layers to the last."""
+    kinds: dict[str, list[list[str]]] = defaultdict(list)
+    for group in groups:
+        kinds[re.sub(r"\d+", "*", group[0])].append(group)
+    members = list(kinds.values())
+    chosen: dict[str, list[str]] = {}
+    for turn in range(min(number, len(groups))):
+        kind = members[turn % len(members)]
+        group = kind[round(turn * (len(kind) - 1) / max(1, number - 1))]
+        chosen[group[0]] = group
+    return list(chosen.values())
+
+
+def ask_reference(reading: Reading, groups: Sequence[Sequence[str]]) -> dict[str, str]:
+    """{tensor name: sha256} as the reference library makes them from the base's weights."""
+    if not groups:
+        return {}
+    files = [{module: str(reading.source[f"{module}.weight"].file) for module in group} for group in groups]
+    floor = reading.expected["block_scale_floor"]
+    return answer("builder.schemes.reference", {"layout": reading.layout, "block_scale_floor": floor, "groups": files})
+
+
+def check_reference(reading: Reading, digests: Mapping[str, str]) -> None:
+    for name, digest in sorted(digests.items()):
+        reading.counts["reference"] += 1
+        if reading.entries[name].sha256() != digest:
+            reading.add("reference", name, "the reference library gives other bytes for the base's weight")
+
+
+def fits_in_memory(reading: Reading) -> bool:
+    """Whether transformers can hold it, and reads it rightly: it loads experts without an error, with wrong logits."""
+    if any(".experts." in module for module in reading.quantized):
+        return False
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:
+        return False
+    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    base_bytes = sum(entry.num_bytes for entry in reading.source.values())
+    return base_bytes * 3 // 2 + MODEL_WORKSPACE_BYTES < available
+
+
+def check_loading(reading: Reading) -> None:
+    job = {
+        "artifact": str(reading.artifact),
+        "layout": reading.layout,
+        "quantized": reading.quantized,
+        "ignore": reading.unquantized_linears(),
+    }
+    told = answer("builder.verify", job)
+    reading.counts["loading"] = len(told.get("observed", {}))
+    if "error" in told:
+        reading.add("loading", reading.artifact.name, f"transformers cannot load it: {told['error']}")
+        return
+    for kind in ("missing", "unexpected", "mismatched"):
+        for name in told[kind]:
+            reading.add("loading", name, f"transformers reports a key that is {kind}")
+    if not told["finite"]:
+        reading.add("loading", reading.artifact.name, "the logits of a short forward are not finite")
+    if reading.expected["input_scale"] == "unit":
+        return
+    for module, observed in told["observed"].items():
+        scale = reading.input_scale(module) if module in reading.sound else np.float32(0)
+        if not (observed > 0 and scale > 0 and np.isfinite(scale)):
+            continue
+        ratio = reading.implied_amax(scale) / observed
+        if not 1 / MAX_AMAX_RATIO < ratio < MAX_AMAX_RATIO:
+            reading.add(
+                "input scales",
+                f"{module}.{INPUT_SCALE[reading.layout]}",
+                f"{scale!s} means activations up to {reading.implied_amax(scale):.3g}; a forward shows {observed:.3g}",
+                "calibrate again, and write the scales in the layout's own direction",
+            )
+
+
+def answer(program: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a program of ours that reads a job as JSON and answers in JSON. Raises VerifyError if it does not."""
+    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", program],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise VerifyError(
+            f"{program} ended with {done.returncode}: {last}", "verify", "see that memory and packages suffice"
+        )
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def load_whole(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Load an artifact with transformers and compressed-tensors; which keys do not fit, what a short forward shows.
+
+    The modelopt layout, which transformers refuses, is renamed in memory first.
+    """
+    import torch
+    import transformers
+
+    artifact = job["artifact"]
+    auto = transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"output_loading_info": True}
+    try:
+        if job["layout"] == "modelopt":
+            config = transformers.AutoConfig.from_pretrained(artifact)
+            config.quantization_config = as_compressed_tensors(job["ignore"])
+            renamed = read_renamed(Path(artifact))
+            model_class = getattr(transformers, config.architectures[0])
+            model, info = model_class.from_pretrained(
+                None, config=config, state_dict=renamed, dtype=config.dtype, **options
+            )
+        else:
+            model, info = auto.from_pretrained(artifact, **options)
+        observed: dict[str, float] = {}
+
+        def observe(name: str) -> Any:
+            def hook(_module: Any, inputs: tuple[Any, ...]) -> None:
+                observed[name] = float(inputs[0].abs().amax())
+
+            return hook
+
+        for name, module in model.named_modules():
+            if name in job["quantized"]:
+                module.register_forward_pre_hook(observe(name))
+        ids = torch.arange(16)[None] % model.get_input_embeddings().num_embeddings
+        with torch.inference_mode():
+            finite = bool(model(ids).logits.isfinite().all())
+    except Exception as error:  # whatever stops a stranger from loading it is what we came to find
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    return {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "mismatched": sorted(str(key) for key in info["mismatched_keys"]),
+        "finite": finite,
+        "observed": observed,
+    }
+
+
+def read_renamed(artifact: Path) -> dict[str, Any]:
+    """A modelopt artifact's tensors under the names, and in the directions, of compressed-tensors."""
+    from safetensors.torch import load_file
+
+    loaded = {
+        name: tensor for path in sorted(artifact.glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }
+    renamed = {}
+    for name, tensor in loaded.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix == "weight_scale_2":
+            renamed[f"{module}.weight_global_scale"] = (1 / tensor).reshape(1)
+        elif suffix == "input_scale":
+            renamed[f"{module}.input_global_scale"] = (1 / tensor).reshape(1)
+        elif suffix == "weight" and f"{module}.weight_scale" in loaded:
+            renamed[f"{module}.weight_packed"] = tensor
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+def as_compressed_tensors(ignore: Iterable[str]) -> dict[str, Any]:
+    layout = "compressed-tensors"
+    return {
+        **QUANTIZATION_CONFIG[layout],
+        "config_groups": {"group_0": {**CONFIG_GROUP[layout], "format": "nvfp4-pack-quantized"}},
+        "ignore": list(ignore),
+    }
+
+
+def main() -> None:
+    """Load one artifact: see `load_whole`. Reads the job from standard input, answers on standard output."""
+    job = json.load(sys.stdin)
+    with redirect_stdout(sys.stderr):
+        told = load_whole(job)
+    json.dump(told, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
