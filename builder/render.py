@@ -1,0 +1,440 @@
+"""Receipts and manifest -> model card, snippets and notice; every value is escaped for the language it lands in.
+
+A template writes no value without a filter, and no figure of its own: figures come from receipts, and what a receipt
+lacks reads "not measured". Text of the manifest is shown as text. Only `card.why` and `card.notes` are the publisher's
+own Markdown: emphasis, links, lists, tables and code spans work there, while HTML, headings and code blocks, which
+could break out of their place in the card, are shown as they were typed.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import jinja2
+import yaml
+
+from builder.licenses import Obligations, state_changes
+from builder.manifest import Manifest, Release, Serve
+from builder.serving import environment, llama_swap_entry, llama_swap_yaml, serve_command, shell_words
+
+TEMPLATES: Final = Path(__file__).parents[1] / "templates"
+NOT_MEASURED: Final = "not measured"
+STAGES: Final = ("plan", "fetch", "calibrate", "quantize", "assemble", "verify", "perplexity", "lock")
+MANY: Final = 6
+
+
+@dataclass(frozen=True)
+class Format:
+    """A scheme as a reader of cards knows it."""
+
+    label: str
+    bits: str
+    what: str
+
+
+FORMATS: Final = {
+    "nvfp4": Format(
+        "NVFP4",
+        "W4A4",
+        "Weights and activations are 4-bit floats (E2M1) in blocks of 16, with an FP8 scale to each block and one FP32 "
+        "scale to each tensor.",
+    ),
+    "nvfp4a16": Format(
+        "NVFP4A16",
+        "W4A16",
+        "Weights are 4-bit floats (E2M1) in blocks of 16, with an FP8 scale to each block and one FP32 scale to each "
+        "tensor; activations stay in 16 bits.",
+    ),
+    "fp8_dynamic": Format(
+        "FP8 dynamic",
+        "W8A8",
+        "Weights are 8-bit floats (E4M3) with a scale to each output channel; activations are quantized to FP8 while "
+        "serving, token by token.",
+    ),
+    "w8a8": Format(
+        "INT8",
+        "W8A8",
+        "Weights are 8-bit integers with a scale to each output channel; activations are quantized to INT8 while "
+        "serving, token by token.",
+    ),
+    "w4a16": Format(
+        "INT4", "W4A16", "Weights are 4-bit integers with a scale to each group; activations stay in 16 bits."
+    ),
+}
+LIBRARIES: Final = {"compressed-tensors": "transformers", "modelopt": "Model Optimizer"}  # as the Hub names them
+
+
+def render_card(
+    manifest: Manifest, receipts: Mapping[str, Mapping[str, Any]], obligations: Obligations
+) -> dict[str, str]:
+    """The files around the payload, by name: README.md; llama-swap.yaml and serve.sh if there is a serve profile.
+
+    receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else.
+    Raises ManifestError or Problems for a serve profile that would not arrive as it is written.
+    """
+    release = manifest.release
+    records = {stage: Measured(receipts.get(stage)) for stage in STAGES}
+    context: dict[str, Any] = {
+        **records,
+        "name": manifest.name,
+        "release": release,
+        "scheme": release.scheme[0],
+        "format": describe_format(release),
+        "library": LIBRARIES[release.scheme[0].layout],
+        "obligations": obligations,
+        "statement": state_changes(base_model=name_base(release), scheme=describe_format(release).label),
+        "stages": list(records.items()),
+        "total": add_up(records),
+        "shards": join_health(records),
+        "checks": describe_checks(records["verify"]),
+        "checks_run": count_run(records["verify"]),
+        "errors": find_severity(records["verify"], "error"),
+        "warnings": find_severity(records["verify"], "warning"),
+    }
+    files = {}
+    if release.serve:
+        context |= describe_serving(manifest, release.serve, records["plan"].facts.num_bytes.value)
+        files = {name: render(name, context) for name in ("llama-swap.yaml", "serve.sh")}
+    return {"README.md": render("README.md", context), **files}
+
+
+def render_notice(manifest: Manifest, obligations: Obligations) -> str:
+    """The NOTICE file of the payload: a function of the base's name and files, its licences, and the scheme alone."""
+    release = manifest.release
+    return render(
+        "NOTICE",
+        {
+            "base": name_base(release),
+            "statement": state_changes(base_model=name_base(release), scheme=describe_format(release).label),
+            "obligations": obligations,
+            "upstream": [path.read_text("utf-8", errors="replace") for path in obligations.upstream_notices],
+        },
+    )
+
+
+# --- values out of receipts -------------------------------------------------------------------------------------------
+
+
+class Measured:
+    """A value out of a receipt, or its absence, which every filter shows as "not measured".
+
+    What is below a mapping is had by name and is there whether the receipt has it or not. Iterating gives the items of
+    a list, the pairs of a mapping by name, or nothing.
+    """
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __getattr__(self, name: str) -> Measured:
+        if name.startswith("__"):  # what Python and Jinja ask of any object
+            raise AttributeError(name)
+        return self[name]
+
+    def __getitem__(self, name: str) -> Measured:
+        return Measured(self.value.get(name) if isinstance(self.value, Mapping) else None)
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, Mapping):
+            return iter([(name, Measured(self.value[name])) for name in sorted(self.value)])
+        return iter([Measured(item) for item in self.value or ()])
+
+
+def add_up(records: Mapping[str, Measured]) -> Measured:
+    """Time and peak memory of the whole build; absent as long as one stage has not told its own."""
+    circumstances = [record.circumstances for record in records.values()]
+    seconds = [circumstance.seconds.value for circumstance in circumstances]
+    peaks = [circumstance.peak_bytes.value for circumstance in circumstances]
+    return Measured(
+        {
+            "seconds": None if None in seconds else sum(seconds),
+            "peak_bytes": None if None in peaks else max(peaks),
+        }
+    )
+
+
+def join_health(records: Mapping[str, Measured]) -> list[tuple[Measured, Measured]]:
+    """The planned shards, each with what calibration found of it."""
+    found = {health.shard.value: health for health in records["calibrate"].circumstances.health}
+    return [(shard, found.get(shard.index.value, Measured())) for shard in records["plan"].circumstances.shards]
+
+
+def describe_checks(verify: Measured) -> list[tuple[str, str, Measured]]:
+    """Name, sentence and count of each check, in the order in which verifying makes them."""
+    from builder.verify import CHECKS
+
+    found = verify.facts.checks.value or {}
+    names = [*(name for name in CHECKS if name in found), *sorted(found.keys() - CHECKS.keys())]
+    return [(name, CHECKS.get(name, ""), Measured(found[name])) for name in names]
+
+
+def count_run(verify: Measured) -> Measured:
+    """How many checks looked at anything."""
+    checks = verify.facts.checks.value
+    return Measured(None if checks is None else sum(count > 0 for count in checks.values()))
+
+
+def find_severity(verify: Measured, severity: str) -> Measured:
+    """The findings of one severity; absent where nothing was verified."""
+    if verify.facts.findings.value is None:
+        return Measured()
+    return Measured([finding for finding in verify.facts.findings.value if finding["severity"] == severity])
+
+
+# --- values out of the manifest ---------------------------------------------------------------------------------------
+
+
+def name_base(release: Release) -> str:
+    return release.base.model or str(release.base.path)
+
+
+def describe_format(release: Release) -> Format:
+    name = release.scheme[0].name
+    return FORMATS.get(name, Format(name, name, ""))
+
+
+def describe_serving(manifest: Manifest, serve: Serve, num_bytes: int | None) -> dict[str, Any]:
+    """The profile's command twice, for the publisher's folder and for whoever takes the model from the Hub."""
+    release = manifest.release
+    served_name = serve.served_name or release.repo.rpartition("/")[2]
+    from_hub = serve.model_copy(update={"model_path": release.repo})
+    variables = environment(serve, where=manifest.where)
+    return {
+        "variables": variables,
+        "words": serve_command(serve, served_name=served_name, where=manifest.where),
+        "command": spell_command(variables, serve_command(from_hub, served_name=served_name, where=manifest.where)),
+        "llama_swap": Escaped(
+            llama_swap_yaml(
+                llama_swap_entry(
+                    serve, release.llama_swap, served_name=served_name, num_bytes=num_bytes, where=manifest.where
+                )
+            )
+        ),
+    }
+
+
+def spell_command(variables: Sequence[tuple[str, str]], words: Sequence[str]) -> str:
+    """A command to paste into a shell, with its variables before it."""
+    return "".join(f"{name}={shlex.quote(value)} \\\n" for name, value in variables) + break_command(words)
+
+
+def break_command(words: Sequence[str]) -> str:
+    """Words quoted for a shell, each option with its values on a line of its own."""
+    return " ".join(
+        f"\\\n  {quoted}" if word.startswith("--") else quoted
+        for word, quoted in zip(words, shell_words(words), strict=True)
+    )
+
+
+# --- filters ----------------------------------------------------------------------------------------------------------
+
+
+class Escaped(str):
+    """Text that may be written as it is where its filter is meant for."""
+
+
+def require_filter(value: object) -> Escaped:
+    """Refuse a value that a template writes without a filter."""
+    if not isinstance(value, Escaped):
+        raise TypeError(f"a template writes {value!r} without a filter")
+    return value
+
+
+def show(spell: Callable[..., str]) -> Callable[..., Escaped]:
+    """A filter that spells what was measured, and says so where nothing was."""
+
+    def filter_value(value: object, *arguments: object) -> Escaped:
+        plain = value.value if isinstance(value, Measured) else value
+        if isinstance(value, Measured) and plain is None:
+            return Escaped(NOT_MEASURED)
+        return Escaped(spell(plain, *arguments))
+
+    return filter_value
+
+
+def flatten(text: str) -> str:
+    """The text on one line: runs of line ends, spaces and control characters become a space."""
+    return re.sub(r"[\x00-\x20\x7f-\x9f\u2028\u2029]+", " ", text).strip()
+
+
+ADDRESS: Final = re.compile(r"https?://[^\s<>|\\`\"'(){}\[\]*;]*[\w/]")
+
+
+def escape_markdown(text: str) -> str:
+    """Text inside a line, a table's cell or a heading of Markdown; a web address becomes a link to itself."""
+    text, escaped, done = flatten(text), "", 0
+    for address in ADDRESS.finditer(text):
+        escaped += escape_marks(text[done : address.start()]) + f"<{address[0]}>"
+        done = address.end()
+    escaped += escape_marks(text[done:])
+    escaped = re.sub(r"^([-+=])", r"\\\1", escaped)  # nor does it begin a list or underline a heading
+    return re.sub(r"^(\d{1,9})([.)])(?= |$)", r"\1\\\2", escaped)
+
+
+def escape_marks(text: str) -> str:
+    text = re.sub(r"[\\`*\[\]<>&#|~$]", r"\\\g<0>", text)
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+
+
+def spell_code(value: object) -> str:
+    """A code span; as an element where backticks or pipes in the text would end it, or a table's cell."""
+    text = flatten(str(value))
+    return f"<code>{escape_markdown(text)}</code>" if re.search(r"[`|]", text) or not text else f"`{text}`"
+
+
+def spell_names(values: Sequence[str]) -> str:
+    """Code spans of the first few names, and how many there are besides."""
+    more = [f"{len(values) - MANY} more"] if len(values) > MANY else []
+    return join_and([*map(spell_code, values[:MANY]), *more]) or "none"
+
+
+def join_and(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def spell_link(text: str, address: str) -> str:
+    return f"[{escape_markdown(text)}]({quote(address, safe=':/?#@!$&+,;=%~')})"
+
+
+def spell_fence(text: str, language: str) -> str:
+    """A block of code, its fence longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+BLOCK_MARKS: Final = r"^(?:[\s>]|[-+*]\s|\d{1,9}[.)]\s)*"
+HTML: Final = re.compile(r"(?<![`\\])`(?P<code>[^`\n]*<[^`\n]*)`(?!`)|<https?://[^\s<>]*>|<")
+
+
+def spell_prose(text: str) -> str:
+    """The publisher's Markdown, kept within its paragraphs: no HTML, no headings, no code blocks."""
+    text = re.sub(r"\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]", "\n", text)
+    text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", "", text)
+    return "\n".join(spell_prose_line(line.rstrip()) for line in text.strip().split("\n"))
+
+
+def spell_prose_line(line: str) -> str:
+    line = re.sub(r"`{3,}|~{3,}", lambda run: re.sub(".", r"\\\g<0>", run[0]), line)
+    line = re.sub(rf"({BLOCK_MARKS})(#|[-=]+$)", r"\1\\\2", line)
+    return HTML.sub(spell_angle, line)
+
+
+def spell_angle(found: re.Match[str]) -> str:
+    if found["code"] is not None:
+        return f"<code>{escape_markdown(found['code'])}</code>"
+    return "&lt;" if found[0] == "<" else found[0]
+
+
+def spell_yaml(text: str) -> str:
+    """A scalar that YAML reads as this very text: plain where that is safe, else in double quotes."""
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9._/-]*", text, re.ASCII) and yaml.safe_load(text) == text:
+        return text
+    return '"' + "".join(map(spell_yaml_character, text)) + '"'
+
+
+def spell_yaml_character(character: str) -> str:
+    if character in '"\\':
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    return f"\\u{ord(character):04X}" if ord(character) < 0x10000 else f"\\U{ord(character):08X}"
+
+
+def spell_count(number: int) -> str:
+    """A whole number, with separators from five digits on."""
+    return f"{number:,}" if abs(number) >= 10_000 else str(number)
+
+
+def spell_counted(things: Any, noun: str) -> str:
+    """`1 shard`, `2 shards`, of a number or of how many things there are."""
+    number = things if isinstance(things, int) else len(things)
+    return f"{spell_count(number)} {noun if number == 1 else noun + 's'}"
+
+
+def spell_with_prefix(number: float, units: Sequence[str]) -> str:
+    """Three significant digits before a decimal unit."""
+    step = 0
+    while step + 1 < len(units) and abs(number) >= 999.5:
+        number, step = number / 1000, step + 1
+    digits = 0 if step == 0 or abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
+    return f"{number:.{digits}f} {units[step]}".strip()
+
+
+def spell_duration(seconds: float) -> str:
+    if seconds < 9.95:
+        return f"{seconds:.1f} s" if seconds >= 0.05 else f"{1000 * seconds:.0f} ms"
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{spell_count(hours)} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def spell_layers(shard: Mapping[str, int]) -> str:
+    """The layers of a shard, the last one included, where the record's range is half-open."""
+    first, last = shard.get("first_layer"), shard.get("last_layer")
+    if first is None or last is None:
+        return NOT_MEASURED
+    return f"{first} to {last - 1}" if last - 1 > first else str(first)
+
+
+def spell_plain(text: str) -> str:
+    """Text of its own lines in a plain text file: verbatim, but for what is no text and for space around it."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text).strip()
+
+
+FILTERS: Final[Mapping[str, Callable[..., Escaped]]] = {
+    "markdown": show(lambda text: escape_markdown(str(text))),
+    "prose": show(spell_prose),
+    "code": show(spell_code),
+    "names": show(spell_names),
+    "link": show(spell_link),
+    "fence": show(spell_fence),
+    "yaml": show(spell_yaml),
+    "shell": show(shlex.quote),
+    "shell_words": show(break_command),
+    "comment": show(flatten),
+    "plain": show(spell_plain),
+    "short": show(lambda digest: spell_code(digest[:12])),
+    "count": show(spell_count),
+    "counted": show(spell_counted),
+    "layers": show(spell_layers),
+    "number": show(lambda number: f"{number:.6g}"),
+    "fixed": show(lambda number, digits: f"{number:.{digits}f}"),
+    "percent": show(lambda number: f"{number:.1f} %"),
+    "amount": show(lambda number: spell_with_prefix(number, ("", "k", "M", "B", "T"))),
+    "size": show(lambda number: spell_with_prefix(number, ("B", "kB", "MB", "GB", "TB"))),
+    "duration": show(spell_duration),
+    "date": show(lambda moment: moment[:10]),
+    "yes_no": show(lambda flag: "yes" if flag else "no"),
+}
+
+
+@cache
+def templates() -> jinja2.Environment:
+    loaded = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        finalize=require_filter,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    loaded.filters = dict(FILTERS)
+    return loaded
+
+
+def render(name: str, context: Mapping[str, Any]) -> str:
+    """A template's text, with one line end at its end."""
+    return templates().get_template(f"{name}.j2").render(context).rstrip("\n") + "\n"

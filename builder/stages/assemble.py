@@ -1,0 +1,165 @@
+"""Stage `assemble`: the artifact's payload complete, fixed and in place."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from builder import lock
+from builder.base import INDEX, list_base_files
+from builder.errors import BuildError
+from builder.files import read_json, sync_folder, write_atomic, write_json
+from builder.plan import Plan
+from builder.schemes import Scheme, bind_scheme
+from builder.stages.plan import make_plan
+from builder.stages.quantize import key_of_parts
+from builder.stages.stage import Outcome, Stage
+from builder.stages.workspace import Workspace
+
+
+def read(workspace: Workspace) -> Any:
+    from builder.fixes import bind_fixes
+
+    release = workspace.manifest.release
+    texts = {name: workspace.digest_file(path) for name, path in release.base.license_files.items()}
+    return {
+        "parts": key_of_parts(workspace),
+        "fixes": [fix.name for fix in bind_fixes(workspace.manifest)],
+        "licenses": release.base.licenses,
+        "license_files": texts,
+        "model": release.base.model,
+        "title": None if release.base.model else release.base.path,
+        "compatibility": release.compatibility.model_dump(mode="json"),
+        "versions": lock.list_versions()["compressed-tensors"],
+    }
+
+
+def run(workspace: Workspace) -> Outcome:
+    from builder.artifact import Draft, hash_payload
+    from builder.fixes import apply_fixes, bind_fixes
+
+    plan, scheme = make_plan(workspace, workspace.base_folder()), bind_scheme(workspace.manifest)
+    known = splice_files(workspace, plan)
+    draft = workspace.folder / "draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    base = workspace.base_folder()
+    write_draft(workspace, plan, scheme, draft, base)
+    folder = Draft(draft, base, scheme.layout, workspace.manifest.release.scheme[0].input_scale, plan.ignore)
+    records = apply_fixes(folder, bind_fixes(workspace.manifest))
+    write_licenses(workspace, draft, base)
+    untouched = {name: sha for name, sha in known.items() if (draft / name).samefile(workspace.parts / name)}
+    compare_with_plan(plan, draft)
+    payload = hash_payload(draft, [path.name for path in draft.iterdir()], untouched)
+    old = workspace.folder / "artifact.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if workspace.artifact.exists():
+        workspace.artifact.rename(old)
+    draft.rename(workspace.artifact)
+    sync_folder(workspace.folder)
+    shutil.rmtree(old, ignore_errors=True)
+    facts = {
+        "payload": payload,
+        "payload_sha256": lock.digest_payload(payload),
+        "fixes": [asdict(record) for record in records],
+    }
+    return Outcome(facts, {})
+
+
+def splice_files(workspace: Workspace, plan: Plan) -> dict[str, str]:
+    """Make the files that no worker owned from the units' pieces; returns every weight file's digest."""
+    from builder.artifact import read_record, splice_file
+    from builder.worker import UNITS
+
+    key, known = key_of_parts(workspace), {}
+    for file in plan.files:
+        path = workspace.parts / file.name
+        record = read_record(path, key)
+        if record is None:
+            pieces = [workspace.parts / UNITS / f"{unit}.safetensors" for unit in file.units]
+            record = splice_file(path, file, pieces, key)
+        known[file.name] = record["sha256"]
+    shutil.rmtree(workspace.parts / UNITS, ignore_errors=True)
+    return known
+
+
+def write_draft(workspace: Workspace, plan: Plan, scheme: Scheme, draft: Path, base: Path) -> None:
+    """Weights, index, configs, and the base's own companions byte for byte."""
+    from builder.artifact import link_file, write_config, write_index
+
+    for file in plan.files:
+        link_file(workspace.parts / file.name, draft / file.name)
+    if len(plan.files) > 1:
+        data_bytes = sum(tensor.num_bytes for tensor in plan.tensors.values())
+        write_index(draft, plan.weight_map, data_bytes, plan.architecture.num_parameters)
+    config = read_json(base / "config.json")
+    write_config(draft / "config.json", config, scheme.quantization_config(plan.ignore))
+    for name, content in scheme.extra_configs(plan.ignore).items():
+        write_json(draft / name, content)
+    for name in list_base_files(base):
+        if is_companion(name):
+            write_atomic(draft / name, (base / name).read_bytes())
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of the base goes into the artifact as it is: tokenizer, template, generation and other configs."""
+    from builder.licenses import is_license, is_notice
+
+    own = name in ("config.json", INDEX) or name.endswith((".safetensors", ".md", ".index.json"))
+    return not own and not is_license(name) and not is_notice(name)
+
+
+def gather_obligations(workspace: Workspace, base: Path) -> Any:
+    """What the licences of the declared lineage ask of this release."""
+    from builder.licenses import collect_obligations, is_license, is_notice
+
+    manifest = workspace.manifest
+    spec = manifest.release.base
+    found = {name: base / name for name in list_base_files(base) if is_license(name) or is_notice(name)}
+    return collect_obligations(
+        spec.licenses,
+        repo_name=manifest.release.repo,
+        acknowledged=spec.acknowledge,
+        base_files=found,
+        license_files={name: manifest.resolve(path) for name, path in spec.license_files.items()},
+        where=manifest.where,
+    )
+
+
+def write_licenses(workspace: Workspace, draft: Path, base: Path) -> None:
+    """The texts that must accompany a copy, and the notice."""
+    from builder.render import render_notice
+
+    obligations = gather_obligations(workspace, base)
+    for text in obligations.texts:
+        write_atomic(draft / text.name, text.path.read_bytes())
+    write_atomic(draft / "NOTICE", render_notice(workspace.manifest, obligations))
+
+
+def compare_with_plan(plan: Plan, draft: Path) -> None:
+    """Refuse a draft whose weight files differ from the plan in any tensor's name, dtype, shape or file."""
+    from builder.base import read_header
+
+    for file in plan.files:
+        written = [(tensor.name, tensor.dtype, tensor.shape) for tensor in read_header(draft / file.name)]
+        planned = [(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors]
+        if written != planned:
+            different = sorted({*written} ^ {*planned})[:1] or [("the order of tensors", "", ())]
+            raise BuildError(
+                f"{file.name} is not as planned: {different[0][0]}",
+                str(draft),
+                "a fix changed it, or this is a defect of the builder: please report it",
+            )
+
+
+def is_intact(workspace: Workspace) -> bool:
+    payload = workspace.facts("assemble")["payload"]
+    return all(
+        (workspace.artifact / name).is_file() and (workspace.artifact / name).stat().st_size == entry["num_bytes"]
+        for name, entry in payload.items()
+    )
+
+
+STAGE = Stage("assemble", "put files together, apply fixes", read, run, is_intact)

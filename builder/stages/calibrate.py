@@ -1,0 +1,122 @@
+"""Stage `calibrate`: the unquantized model measured, and the health of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from builder import lock
+from builder.errors import CalibrationError
+from builder.files import digest
+from builder.plan import Plan
+from builder.schemes import bind_scheme
+from builder.stages.jobs import common_job, describe_jobs, run_jobs
+from builder.stages.plan import make_plan
+from builder.stages.stage import BUILDER, Outcome, Stage, keep_nothing
+from builder.stages.workspace import Workspace
+
+SAVE_STATES_EVERY_S = 60.0
+TOOLS = ("nvidia-modelopt", "tokenizers", "torch", "transformers")
+
+
+def read(workspace: Workspace) -> Any:
+    scheme, release = bind_scheme(workspace.manifest), workspace.manifest.release
+    if not scheme.measures_inputs:
+        return {"measures": False}
+    spec = release.calibration
+    versions = lock.list_versions()
+    return {
+        "measures": True,
+        "calibration": spec and spec.model_dump(mode="json"),
+        "data": spec and spec.path and workspace.digest_file(spec.path),
+        "base": workspace.facts("fetch")["files"],
+        "ignore": release.scheme[0].ignore,
+        "device": release.device,
+        "versions": {tool: versions[tool] for tool in TOOLS},
+    }
+
+
+def run(workspace: Workspace) -> Outcome:
+    scheme = bind_scheme(workspace.manifest)
+    if not scheme.measures_inputs:
+        return Outcome({"rows": None, "amax": {}, "machine_classes": []}, {"health": []})
+    from builder.calibration import choose_rows
+    from builder.worker import merge_amax, read_amax, write_amax
+
+    plan = make_plan(workspace, workspace.base_folder())
+    folder = workspace.base_folder()
+    rows = choose_rows(workspace.manifest, folder)
+    key = digest({"stage": "calibrate", "builder": BUILDER, "rows": rows.digest, "reads": read(workspace)})
+    num_blocks = min(len(plan.shards), len(rows.tokens))
+    ignored = set(plan.ignore)
+    shared = common_job(workspace, folder) | {
+        "folder": str(workspace.calibration),
+        "key": key,
+        "save_every_s": SAVE_STATES_EVERY_S,
+        "linears": [[name for name in layer.linears if name not in ignored] for layer in plan.architecture.layers],
+    }
+    blocks = [rows.tokens[block::num_blocks] for block in range(num_blocks)]
+    jobs = [
+        shared | {"block": block, "num_blocks": num_blocks, "rows": [list(row) for row in own]}
+        for block, own in enumerate(blocks)
+    ]
+    records = run_jobs(workspace, "builder.worker:measure_rows", jobs)
+    amax = merge_amax([read_amax(record["amax"]) for record in records])
+    health = check_health(plan, amax)
+    lengths = [len(row) for row in rows.tokens]
+    facts = {
+        "rows": {
+            "count": len(lengths),
+            "num_tokens": sum(lengths),
+            "shortest": min(lengths),
+            "longest": max(lengths),
+            "digest": rows.digest,
+        },
+        "amax": write_amax(amax),
+        "machine_classes": sorted({record["machine"] for record in records}),
+    }
+    return Outcome(facts, {"health": health, **describe_jobs(workspace, records)})
+
+
+def check_health(plan: Plan, amax: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Count good, zero, nan and missing statistics of each shard's quantizers.
+
+    Raises CalibrationError naming the first linear that is not good.
+    """
+    health: list[dict[str, Any]] = []
+    for shard in plan.shards:
+        units = [plan.find_unit(name) for name in shard.units]
+        linears = [linear for unit in units for group in unit.groups for linear in group]
+        row: dict[str, Any] = {
+            "shard": shard.index,
+            "first_layer": shard.first_layer,
+            "last_layer": shard.last_layer,
+        }
+        for kind in ("weight", "input"):
+            counts = {"planned": len(linears), "good": 0, "zero": 0, "nan": 0, "missing": 0}
+            for linear in linears:
+                value = amax.get(linear, {}).get(kind)
+                state = judge_amax(value)
+                counts[state] += 1
+                if state != "good":
+                    raise CalibrationError(
+                        f"the {kind} statistic of {linear} is {state}" + (f" ({value})" if state == "nan" else ""),
+                        f"{linear}, shard {shard.index + 1} of {len(plan.shards)}",
+                        f"see whether the base model's {linear}.weight and those before it are sound, "
+                        "or give other calibration rows",
+                    )
+            row[f"{kind}s"] = counts
+        health.append(row)
+    return health
+
+
+def judge_amax(value: float | None) -> str:
+    """good | zero | nan (or infinite) | missing."""
+    if value is None:
+        return "missing"
+    if value != value or value == float("inf"):
+        return "nan"
+    return "good" if value > 0 else "zero"
+
+
+STAGE = Stage("calibrate", "measure the unquantized model, layer by layer", read, run, keep_nothing)

@@ -1,0 +1,64 @@
+"""Stage `fetch`: the base model's files, at hand and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from builder import lock
+from builder.base import fetch_base, hash_files, identify_file, list_base_files, locate_base
+from builder.errors import BuildError
+from builder.stages.stage import Outcome, Stage
+from builder.stages.workspace import Workspace
+
+
+def read(workspace: Workspace) -> Any:
+    base = locate_base(workspace.manifest)
+    files = {name: identify_file(base / name) for name in list_base_files(base)} if base else None
+    spec = workspace.manifest.release.base
+    return {"model": spec.model, "revision": spec.revision, "path": spec.path, "files": files}
+
+
+def run(workspace: Workspace) -> Outcome:
+    known = workspace.circumstances("fetch").get("files", {})
+    folder = fetch_base(workspace.manifest)
+    files = dict(hash_files(folder, known))
+    facts = {name: {"sha256": entry["sha256"], "num_bytes": entry["num_bytes"]} for name, entry in files.items()}
+    compare_inputs(workspace, facts)
+    changed = sorted(
+        name for name, entry in known.items() if name in facts and facts[name]["sha256"] != entry["sha256"]
+    )
+    base = workspace.manifest.release.base
+    return Outcome(
+        {"model": base.model, "revision": base.revision, "files": facts},
+        {"folder": str(folder.absolute()), "files": files},
+        tuple(f"{name} has changed since the last build: what was made from it is made anew" for name in changed),
+    )
+
+
+def compare_inputs(workspace: Workspace, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a base that differs from the locked one, before any work. Raises BuildError naming the file."""
+    locked = lock.read_lock(workspace.lock_path)
+    if locked is None or locked["what"]["base"] != lock.describe_what(workspace.manifest)["base"]:
+        return
+    wanted = locked["inputs"]["base"]
+    for name in sorted(wanted.keys() | files.keys()):
+        if name not in files or name not in wanted or files[name]["sha256"] != wanted[name]["sha256"]:
+            was = wanted[name]["sha256"][:12] if name in wanted else "absent"
+            found = files[name]["sha256"][:12] if name in files else "absent"
+            raise BuildError(
+                f"{name} of the base model is not the locked one (sha256 {found}, locked {was})",
+                str(workspace.lock_path),
+                f"restore {name}; or delete the lock to release from the base as it is now",
+            )
+
+
+def is_intact(workspace: Workspace) -> bool:
+    files: dict[str, dict[str, Any]] = workspace.circumstances("fetch")["files"]
+    folder = workspace.base_folder()
+    return all(
+        (folder / name).is_file() and identify_file(folder / name) == entry["identity"] for name, entry in files.items()
+    )
+
+
+STAGE = Stage("fetch", "get the base model and verify its files", read, run, is_intact)

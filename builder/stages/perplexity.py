@@ -1,0 +1,58 @@
+"""Stage `perplexity`: base and artifact measured on the same held-out text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from builder.stages.jobs import choose_device
+from builder.stages.stage import Outcome, Stage, keep_nothing
+from builder.stages.workspace import Workspace
+
+
+def read(workspace: Workspace) -> Any:
+    spec = workspace.manifest.release.perplexity
+    if spec is None:
+        return {"measured": False}
+    return {
+        "measured": True,
+        "text": workspace.digest_file(spec.path),
+        "path": spec.path,
+        "payload": workspace.facts("assemble")["payload"],
+        "base": workspace.facts("fetch")["files"],
+    }
+
+
+def run(workspace: Workspace) -> Outcome:
+    manifest = workspace.manifest
+    if manifest.release.perplexity is None:
+        return Outcome({"measured": False}, {})
+    from builder.perplexity import LONGEST_WINDOW, measure_perplexity, open_artifact, open_base, split_text
+
+    device, base = choose_device(manifest), workspace.base_folder()
+    longest = min(LONGEST_WINDOW, workspace.facts("plan")["numbers"].get("max_position_embeddings", LONGEST_WINDOW))
+    text = manifest.resolve(manifest.release.perplexity.path)
+    windows = split_text(text, base, longest, manifest.where("perplexity", "path"))
+    of_base = measure_perplexity(open_base(base, device), windows)
+    of_artifact = measure_perplexity(open_artifact(workspace.artifact, read_layout(workspace), device), windows)
+    facts = {
+        "measured": True,
+        "base": of_base,
+        "artifact": of_artifact,
+        "recovery_percent": 100 * of_base / of_artifact,
+        "num_tokens": sum(len(window) - 1 for window in windows),
+        "window": longest,
+    }
+    recovery = f"recovery {facts['recovery_percent']:.1f} %"
+    line = f"perplexity {of_base:.3f} of the base, {of_artifact:.3f} of the artifact: {recovery}"
+    return Outcome(facts, {"device": device}, (line,))
+
+
+def read_layout(workspace: Workspace) -> dict[str, Any]:
+    """How compressed-tensors reads the artifact, whatever its layout."""
+    spec = workspace.manifest.release.scheme[0].model_copy(update={"layout": "compressed-tensors"})
+    from builder.schemes import SCHEMES
+
+    return SCHEMES[spec.name](spec).quantization_config(workspace.facts("plan")["ignore"])
+
+
+STAGE = Stage("perplexity", "measure base and artifact on held-out text", read, run, keep_nothing)

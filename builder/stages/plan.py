@@ -1,0 +1,130 @@
+"""Stage `plan`: everything decided, and everything refused that can be, before a weight is read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from builder.base import (
+    Stored,
+    identify_file,
+    list_base_files,
+    locate_base,
+    preview_base,
+    read_config,
+    read_tensors,
+)
+from builder.errors import BuildError, ManifestError, Problems, nearest
+from builder.plan import Plan, plan_release
+from builder.schemes import bind_scheme
+from builder.stages.jobs import name_executor
+from builder.stages.stage import Outcome, Stage, keep_nothing
+from builder.stages.workspace import Workspace
+
+
+def read(workspace: Workspace) -> Any:
+    release = workspace.manifest.release
+    base = locate_base(workspace.manifest)
+    files = {name: identify_file(base / name) for name in list_base_files(base)} if base else None
+    return {
+        "base": release.base.model_dump(mode="json"),
+        "base_files": files,
+        "scheme": [spec.model_dump(mode="json") for spec in release.scheme],
+        "shards": release.shards,
+        "executor": name_executor(workspace),
+        "files": release.files.model_dump(mode="json"),
+        "calibration": release.calibration and release.calibration.model_dump(mode="json"),
+        "fixes": release.fixes,
+        "repo": release.repo,
+        "device": release.device,
+    }
+
+
+def make_plan(workspace: Workspace, base: Path | None = None) -> Plan:
+    """The plan, from manifest, config and headers; whatever can be checked before any weight is read is checked.
+
+    base: the fetched base's folder; before it is fetched, config and headers come from wherever they can be had.
+    """
+    bind_names(workspace)
+    manifest = workspace.manifest
+    config, headers = preview_base(manifest) if base is None else read_base(base)
+    from builder.families import describe_architecture
+
+    where = manifest.where("base", "path" if manifest.release.base.path else "model")
+    return plan_release(manifest, bind_scheme(manifest), describe_architecture(config, where), headers)
+
+
+def read_base(folder: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Config and headers of a base that was fetched."""
+    return read_config(folder, str(folder)), read_tensors(folder, str(folder))
+
+
+def bind_names(workspace: Workspace) -> None:
+    """Resolve every name a manifest holds as text: scheme, fixes, executor, licences. Reports all problems together."""
+    from builder.fixes import bind_fixes
+    from builder.licenses import bind_licenses
+
+    manifest = workspace.manifest
+    base = manifest.release.base
+    license_files = {name: manifest.resolve(path) for name, path in base.license_files.items()}
+    problems: list[BuildError] = []
+    for bind in (
+        lambda: bind_scheme(manifest),
+        lambda: bind_fixes(manifest),
+        lambda: bind_executor(workspace),
+        lambda: bind_licenses(
+            base.licenses, acknowledged=base.acknowledge, license_files=license_files, where=manifest.where
+        ),
+    ):
+        try:
+            bind()
+        except Problems as several:
+            problems += several.problems
+        except BuildError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0] if len(problems) == 1 else Problems(problems)
+
+
+def bind_executor(workspace: Workspace) -> None:
+    """Refuse an executor there is none of. Raises ManifestError, or BuildError if EXECUTOR names it."""
+    from builder.executors import EXECUTORS
+
+    name = name_executor(workspace)
+    if name not in EXECUTORS:
+        where = "the environment: EXECUTOR" if os.environ.get("EXECUTOR") else workspace.manifest.where("executor")
+        raise ManifestError(f"unknown executor: {name}", where, nearest(name, EXECUTORS))
+
+
+def run(workspace: Workspace) -> Outcome:
+    plan = make_plan(workspace)
+    needed, free = measure_disk(workspace, plan)
+    if needed > free:
+        raise BuildError(
+            f"the build needs {needed / 1e9:.3g} GB of disk, and {free / 1e9:.3g} GB are free",
+            str(workspace.folder.absolute()),
+            "free some space there",
+        )
+    circumstances = {
+        "shards": plan.describe_shards(),
+        "calibrate_memory": plan.calibrate_memory,
+        "quantize_memory": plan.quantize_memory,
+        "disk_needed": needed,
+        "disk_free": free,
+    }
+    return Outcome(plan.facts(), circumstances)
+
+
+def measure_disk(workspace: Workspace, plan: Plan) -> tuple[int, int]:
+    """Bytes that the build has still to write, and bytes that are free where it writes."""
+    workspace.folder.mkdir(parents=True, exist_ok=True)
+    owned = {shard.index: set(shard.units) for shard in plan.shards}
+    twice = [f for f in plan.files if not (f.in_place and any(units.issuperset(f.units) for units in owned.values()))]
+    present = sum(path.stat().st_size for path in workspace.parts.glob("**/*.safetensors*") if path.is_file())
+    needed = plan.num_bytes + sum(file.num_bytes for file in twice) - present
+    return max(0, needed), shutil.disk_usage(workspace.folder).free
+
+
+STAGE = Stage("plan", "lay out every shard, tensor and file from the config alone", read, run, keep_nothing)

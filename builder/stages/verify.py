@@ -1,0 +1,55 @@
+"""Stage `verify`: the artifact read as a stranger would read it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from builder.errors import Problems, VerifyError
+from builder.stages.stage import Outcome, Stage, keep_nothing
+from builder.stages.workspace import Workspace
+
+SAMPLE = 8
+
+
+def read(workspace: Workspace) -> Any:
+    return {
+        "payload": workspace.facts("assemble")["payload"],
+        "base": workspace.facts("fetch")["files"],
+        "scheme": [spec.model_dump(mode="json") for spec in workspace.manifest.release.scheme],
+    }
+
+
+def run(workspace: Workspace) -> Outcome:
+    from builder.verify import verify_artifact
+
+    plan, spec = workspace.facts("plan"), workspace.manifest.release.scheme[0]
+    expected = {
+        "scheme": spec.name,
+        "layout": spec.layout,
+        "input_scale": spec.input_scale,
+        "block_scale_floor": spec.block_scale_floor,
+        "tensors": {
+            tensor["name"]: {"dtype": tensor["dtype"], "shape": tensor["shape"], "file": file["name"]}
+            for file in plan["files"]
+            for tensor in file["tensors"]
+        },
+        "quantized": plan["quantized"],
+        "fused": plan["fused"],
+        "ignore": plan["ignore"],
+        "unused": plan["unused"],
+        "generation_config": "copied",
+    }
+    report = verify_artifact(workspace.artifact, workspace.base_folder(), expected, sample=SAMPLE)
+    if report.errors:
+        raise Problems(VerifyError(f"{f.check}: {f.what}", f.where, f.fix) for f in report.errors)
+    facts = {
+        "findings": [asdict(finding) for finding in report.findings],
+        "checks": report.checks,
+        "loaded_whole": report.loaded_whole,
+        "reference_sampled": list(report.reference_sampled),
+    }
+    return Outcome(facts, {}, tuple(str(finding) for finding in report.findings))
+
+
+STAGE = Stage("verify", "read the artifact as a stranger would", read, run, keep_nothing)

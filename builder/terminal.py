@@ -1,0 +1,130 @@
+"""What a person at a terminal sees: a plan as tables, the end of a build, the list of releases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from builder.manifest import Manifest, show_path
+from builder.stages import STAGES, Workspace
+
+LONGEST_FILE_LIST = 12
+
+
+def show_bytes(num_bytes: float) -> str:
+    """Decimal units, three digits: 41.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}" if num_bytes < 100 else f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def show_count(number: int) -> str:
+    """Millions or billions where that reads better: 70.6 billion."""
+    for size, word in ((10**9, " billion"), (10**6, " million")):
+        if number >= size:
+            return f"{number / size:.1f}{word}"
+    return f"{number:,}"
+
+
+def print_plan(workspace: Workspace, console: Console) -> None:
+    """The plan's receipt as tables."""
+    plan, aside = workspace.facts("plan"), workspace.circumstances("plan")
+    release = workspace.manifest.release
+    numbers = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan["numbers"].items())
+    facts = Table.grid(padding=(0, 2))
+    quantized = f"{plan['scheme']}, {plan['layout']} layout, {plan['bits_per_parameter']:.2f} bits per parameter"
+    for label, text in (
+        ("base", f"{release.base.model or release.base.path}, {show_count(plan['num_parameters'])} parameters"),
+        ("model", f"{plan['architecture']}, {plan['num_layers']} layers, {numbers}"),
+        ("scheme", quantized),
+        ("kept as it is", ", ".join(plan["ignore"]) or "nothing"),
+        ("size", f"{show_bytes(plan['base_num_bytes'])} -> {show_bytes(plan['num_bytes'])}"),
+        ("tensors", f"{plan['num_tensors']:,} in {len(plan['files'])} files"),
+        ("disk", f"{show_bytes(aside['disk_needed'])} needed, {show_bytes(aside['disk_free'])} free"),
+    ):
+        facts.add_row(f"[bold]{label}[/]", escape(text))
+    console.print(f"[bold]{escape(release.title)}[/]", highlight=False)
+    console.print(facts, highlight=False)
+    console.print(tabulate_shards(aside), highlight=False)
+    console.print(tabulate_files(plan["files"]), highlight=False)
+
+
+def tabulate_shards(aside: Mapping[str, Any]) -> Table:
+    """One row a shard: its layers, the quantizers it must report, the memory its worker needs."""
+    table = Table(box=None, padding=(0, 2), title_justify="left")
+    for column in ("shard", "layers", "weight quantizers", "memory to calibrate", "to quantize"):
+        table.add_column(column, justify="right")
+    for shard in aside["shards"]:
+        calibrate = show_bytes(aside["calibrate_memory"]) if aside["calibrate_memory"] else "not calibrated"
+        table.add_row(
+            str(shard["index"] + 1),
+            f"{shard['first_layer']} to {shard['last_layer'] - 1}",
+            str(shard["num_quantizers"]),
+            calibrate,
+            show_bytes(aside["quantize_memory"]),
+        )
+    return table
+
+
+def tabulate_files(files: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a file; a long list is cut in the middle."""
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("file")
+    for column in ("tensors", "size"):
+        table.add_column(column, justify="right")
+    shown = files if len(files) <= LONGEST_FILE_LIST else [*files[:8], None, *files[-2:]]
+    for file in shown:
+        if file is None:
+            table.add_row(f"... {len(files) - 10} more", "", "")
+        else:
+            table.add_row(file["name"], f"{len(file['tensors']):,}", show_bytes(file["num_bytes"]))
+    return table
+
+
+def print_summary(workspace: Workspace, console: Console) -> None:
+    """Where the finished release is, what was measured, what to do next."""
+    measured, name = workspace.facts("perplexity"), workspace.manifest.name
+    payload = workspace.facts("assemble")["payload"]
+    rows = [
+        ("release", f"{workspace.artifact}  ({show_bytes(sum(f['num_bytes'] for f in payload.values()))})"),
+        ("card", f"{workspace.artifact / 'README.md'}"),
+        ("lock", show_path(workspace.lock_path)),
+        ("compared", workspace.circumstances("lock")["comparison"]),
+        ("payload", f"sha256 {workspace.facts('lock')['payload_sha256']}"),
+    ]
+    if measured["measured"]:
+        recovery = f"{measured['recovery_percent']:.1f} % of the base"
+        rows.append(("quality", f"{recovery} (perplexity {measured['base']:.2f} -> {measured['artifact']:.2f})"))
+    else:
+        rows.append(("quality", "not measured: add `perplexity:` with a held-out text to the manifest"))
+    serve = workspace.artifact / "serve.sh"
+    rows.append(("next", f"less {workspace.artifact / 'README.md'}" + (f"; {serve}" if serve.is_file() else "")))
+    console.print(f"\n[bold]{name} is finished[/]", highlight=False)
+    for label, text in rows:
+        console.print(f"[bold]{label:<10}[/]{escape(text)}", highlight=False, soft_wrap=True)
+
+
+def print_overview(manifests: Mapping[str, Manifest | Exception], console: Console) -> None:
+    """The releases there are, the steps each takes, how to begin."""
+    console.print("[bold]Releases[/] (doit release:NAME builds one)", highlight=False)
+    for name, manifest in manifests.items():
+        title = manifest.release.title if isinstance(manifest, Manifest) else "cannot be read: see doit release:" + name
+        console.print(f"  release:{name}  {escape(title)}", highlight=False, soft_wrap=True)
+    if not manifests:
+        console.print("  none yet: write releases/NAME.yaml", highlight=False)
+    console.print("\n[bold]Steps[/], in order (doit STEP:NAME goes as far as that step)", highlight=False)
+    for stage in STAGES:
+        console.print(f"  {stage.name:<12}{stage.title}", highlight=False)
+    console.print("\nNothing was built. `doit list --all` shows every task.", highlight=False)
+
+
+def escape(text: str) -> str:
+    """Text that rich prints as it is."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(" ".join(text.split()))
