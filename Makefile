@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/doit release:tiny-llama
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup
 
 check: setup
 	$(BIN)/ruff check .

@@ -9,9 +9,11 @@ While a release is built, `parts/` holds three kinds of things, each with a reco
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     import torch
 
 RECORD = ".record.json"
+HELD_WAIT_S = 0.5
+HELD_TRIES = 120
 
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:
@@ -78,27 +82,22 @@ class FileInPlace:
 
     def resume(self) -> None:
         """Go on behind the last unit in the journal, or start anew."""
-        journal = read_json(self.journal)
-        position = 0
-        if isinstance(journal, dict) and journal.get("key") == self.key and self.partial.is_file():
-            position = journal["num_bytes"]
-            if self.partial.stat().st_size < position:
-                position = 0
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         with explain_disk_errors(self.partial):
-            file = self.partial.open("r+b" if position else "wb")
+            file = open_alone(self.partial)
             self.out = HashedFile(file)
-            if position:
-                assert isinstance(journal, dict)
-                self.units, self.scalars = journal["units"], journal["scalars"]
-                for chunk in read_chunks(file, position):
-                    self.out.digest.update(chunk)
-                self.out.num_bytes = position
-                file.truncate(position)
-                file.seek(position)
-            else:
-                with suppress(FileNotFoundError):
-                    self.journal.unlink()
+            journal = read_json(self.journal)
+            if isinstance(journal, dict) and journal.get("key") == self.key:
+                position = journal["num_bytes"]
+                if self.partial.stat().st_size >= position:
+                    self.units, self.scalars = journal["units"], journal["scalars"]
+                    for chunk in read_chunks(file, position, self.partial):
+                        self.out.digest.update(chunk)
+                    self.out.num_bytes = position
+            file.truncate(self.out.num_bytes)
+            file.seek(self.out.num_bytes)
+            if not self.out.num_bytes:
+                self.journal.unlink(missing_ok=True)
                 self.out.write(self.planned.header)
 
     def add_unit(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -130,12 +129,30 @@ class FileInPlace:
         self.out.file.close()
         self.partial.replace(self.path)
         record = record_file(self.path, self.key, self.out.digest.hexdigest(), self.out.num_bytes)
-        self.journal.unlink()
+        self.journal.unlink(missing_ok=True)
         return record
 
     def close(self) -> None:
         """Let go of the file as it is; the journal knows how far it came."""
-        self.out.file.close()
+        with suppress(OSError):  # on a full disk the last flush fails once more; nobody needs what it holds
+            self.out.file.close()
+
+
+def open_alone(path: Path) -> BinaryIO:
+    """Open a file to read and write, made if need be, that no other process holds open in this way.
+
+    A worker of a build that was killed may live on for some seconds; it is waited for.
+    Raises BuildError if it is still there after a minute.
+    """
+    for _ in range(HELD_TRIES):
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, PUBLISHED_MODE), "r+b")
+        with suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else it was finished meanwhile, and renamed
+                return file
+        file.close()
+        time.sleep(HELD_WAIT_S)
+    raise BuildError(f"another process is writing {path.name}", str(path.parent), "end it, and run again")
 
 
 def record_file(path: Path, key: str, sha256: str, num_bytes: int) -> dict[str, Any]:
@@ -175,17 +192,17 @@ def splice_file(path: Path, planned: PlannedFile, pieces: Sequence[Path], key: s
             piece, stored = places[tensor.name]
             with piece.open("rb") as source:
                 source.seek(stored.start)
-                for chunk in read_chunks(source, stored.end - stored.start):
+                for chunk in read_chunks(source, stored.end - stored.start, piece):
                     out.write(chunk)
     return record_file(path, key, out.digest.hexdigest(), out.num_bytes)
 
 
-def read_chunks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
-    """Exactly `num_bytes` of a file, in chunks. Raises BuildError if it ends before."""
+def read_chunks(file: BinaryIO, num_bytes: int, path: Path) -> Iterator[bytes]:
+    """Exactly `num_bytes` of an open file, in chunks. Raises BuildError, naming `path`, if it ends before."""
     while num_bytes:
         chunk = file.read(min(CHUNK_BYTES, num_bytes))
         if not chunk:
-            raise BuildError(f"{file.name} ends too early", str(Path(file.name).parent), "delete it and run again")
+            raise BuildError(f"{path.name} ends too early", str(path.parent), "delete it, and run again")
         num_bytes -= len(chunk)
         yield chunk
 
@@ -195,9 +212,8 @@ def link_file(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        with explain_disk_errors(target):
-            shutil.copyfile(source, target)
-        target.chmod(PUBLISHED_MODE)
+        with source.open("rb") as whole, open_atomic(target) as file:
+            shutil.copyfileobj(whole, file, CHUNK_BYTES)
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str], num_bytes: int, num_parameters: int) -> None:
@@ -257,11 +273,13 @@ class Draft:
 
         with safe_open(self.folder / file, framework="pt") as handle:
             whole = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        write_atomic(self.folder / file, save({**whole, **tensors}, metadata={"format": "pt"}))
+        more = {**whole, **tensors}
+        write_atomic(self.folder / file, save(more, metadata={"format": "pt"}))
         index = self.read_json(INDEX)
         if index is not None:
             index["weight_map"].update(dict.fromkeys(tensors, file))
-            index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
+            grown = sum(tensor.nbytes for tensor in more.values()) - sum(tensor.nbytes for tensor in whole.values())
+            index["metadata"]["total_size"] += grown
             self.write_json(INDEX, index)
 
 

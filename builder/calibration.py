@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder import hub
 from builder.errors import CalibrationError, ManifestError
+from builder.families import describe_failure
 from builder.manifest import Calibration, Manifest
 
 if TYPE_CHECKING:
@@ -46,16 +47,11 @@ def load_tokenizer(folder: Path, where: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the Rust library raises nothing narrower
         raise CalibrationError(
-            f"the base model's tokenizer cannot be read: {first_line(error)}",
+            f"the base model's tokenizer cannot be read: {describe_failure(error)}",
             where,
             "see that the base has its tokenizer files",
         ) from error
     return tokenizer
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of someone else's code says first."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def choose_rows(manifest: Manifest, base: Path) -> Rows:
@@ -68,7 +64,7 @@ def choose_rows(manifest: Manifest, base: Path) -> Rows:
     spec = manifest.release.calibration
     assert spec is not None
     where = manifest.where("calibration", "path" if spec.path else "dataset")
-    tokenizer = load_tokenizer(base, where)
+    tokenizer = load_tokenizer(base, str(base))
     texts = read_texts(manifest, spec, where)
     if not texts:
         raise CalibrationError("the calibration data has no rows", where, "give a data set with text in it")
@@ -82,7 +78,7 @@ def choose_rows(manifest: Manifest, base: Path) -> Rows:
         try:
             tokens = tokenize(tokenizer, texts[index], spec)[:longest]
         except Exception as error:  # chat templates raise whatever they like
-            what = f"row {index + 1} cannot be tokenized: {first_line(error)}"
+            what = f"row {index + 1} cannot be tokenized: {describe_failure(error)}"
             raise CalibrationError(what, where, "mend the row, or see that it suits the chat template") from error
         if len(tokens) >= shortest:
             chosen.append(tuple(tokens))
@@ -183,7 +179,7 @@ def read_parquet(path: Path, spec: Calibration, where: str) -> Iterator[tuple[in
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        what = f"{path.name} is not a whole Parquet file: {first_line(error)}"
+        what = f"{path.name} is not a whole Parquet file: {describe_failure(error)}"
         raise CalibrationError(what, where, "fetch it again") from error
 
 

@@ -42,6 +42,7 @@ class Architecture:
     first_edge: tuple[Tensor, ...]  # what comes before the layers: the embeddings
     last_edge: tuple[Tensor, ...]  # what comes after them: final norm, lm_head
     other_linears: tuple[str, ...]  # linears outside the layers: lm_head
+    embeddings: tuple[str, ...]  # modules that are torch's own Embedding, not a family's: Gemma's scales what it finds
     tied: bool  # lm_head is the embeddings' own tensor and is not stored
     facts: Mapping[str, Any]  # hidden_size and the like, for tables
 
@@ -156,6 +157,7 @@ def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture
         first_edge=tuple(first),
         last_edge=tuple(last),
         other_linears=tuple(sorted(linear for linear in linears if not linear.startswith(prefix + "."))),
+        embeddings=tuple(name for name, module in model.named_modules() if type(module) is torch.nn.Embedding),
         tied=bool(getattr(model.config, "tie_word_embeddings", False)),
         facts=collect_facts(model.config),
     )

@@ -40,16 +40,17 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
     Raises BuildError when the disk is full; whatever happens, no temporary file is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with explain_disk_errors(path), temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fchmod(file.fileno(), PUBLISHED_MODE)
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        with explain_disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fchmod(file.fileno(), PUBLISHED_MODE)
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -94,5 +95,5 @@ def read_json(path: Path) -> Any:
     """A JSON file of ours; None if it is missing, torn or not JSON at all."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return None

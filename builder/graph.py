@@ -62,11 +62,13 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     desc = "release builder"
 
+    def write(self, text: str) -> None:
+        print(text, end="", flush=True)
+
     def execute_task(self, task: Task) -> None:
         stage = task.name.partition(":")[0]
         if stage in {stage.name for stage in STAGES}:
             self.write(f"{task.name}: {task.meta['title']}\n")
-            self.outstream.flush()
 
     def skip_uptodate(self, task: Task) -> None:
         self.write(f"{task.name}: up to date\n")
@@ -167,6 +169,7 @@ def make_action(workspace: Workspace, stage: Stage, *, shown: bool) -> Callable[
             with hold(workspace):
                 lines = run_stage(workspace, stage)
         except BuildError as error:
+            keep_traceback(error, workspace.folder / "traceback.txt")
             return fail(error)
         except OSError as error:
             place = str(error.filename or workspace.folder)
@@ -179,6 +182,14 @@ def make_action(workspace: Workspace, stage: Stage, *, shown: bool) -> Callable[
         return None
 
     return act
+
+
+def keep_traceback(error: BuildError, path: Path) -> None:
+    """Write down where a worker's unforeseen failure came from, for a report; the error itself says what to do."""
+    notes = getattr(error, "__notes__", [])
+    if notes:
+        path.write_text("\n".join(notes), "utf-8")
+        print(f"(the worker's traceback is in {path})", file=sys.stderr)
 
 
 def fail(error: BuildError) -> TaskFailed:

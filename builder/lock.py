@@ -13,6 +13,9 @@ from builder.files import digest, read_json
 from builder.manifest import Manifest
 
 FORMAT = "1.0"
+KEYS = {"name", "what", "inputs", "versions", "machine_classes", "amax", "payload", "payload_sha256"}
+RESTORE = "restore it from version control, or delete it to lock anew"
+RECALIBRATED = 0.05  # the most by which an input's amax may differ elsewhere; 0.016 is the most that was measured
 PAYLOAD_KEYS = ("manifest", "base", "scheme", "calibration", "fixes", "files", "compatibility")
 PACKAGES = (
     "compressed-tensors",
@@ -82,14 +85,19 @@ def read_lock(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     lock = read_json(path)
-    if not isinstance(lock, dict) or "lock" not in lock or "payload" not in lock:
-        raise BuildError(f"{path.name} is not a lock", str(path), "restore it from version control, or delete it")
+    if not isinstance(lock, dict) or "lock" not in lock:
+        raise BuildError(f"{path.name} is not a lock", str(path), RESTORE)
     if str(lock["lock"]).split(".")[0] != FORMAT.split(".")[0]:
         raise BuildError(
             f"{path.name} has format {lock['lock']}, but this builder knows {FORMAT}",
             str(path),
             "use the builder it was made with, or delete it to lock anew",
         )
+    missing = sorted(KEYS - lock.keys())
+    if missing:
+        raise BuildError(f"{path.name} lacks {', '.join(missing)}", str(path), RESTORE)
+    if lock["payload_sha256"] != digest_payload(lock["payload"]):
+        raise BuildError(f"{path.name} was edited: its payload_sha256 is not its payload's", str(path), RESTORE)
     return lock
 
 
@@ -112,12 +120,10 @@ def compare_lock(old: Mapping[str, Any] | None, new: Mapping[str, Any], path: Pa
     """Compare a build with the lock of an earlier one.
 
     Raises VerifyError if the same release from the same inputs has another payload, unless it was calibrated on
-    another class of machine and differs in nothing else.
+    another class of machine, where inputs measure a little differently, and only weight files differ.
     """
     if old is None:
         return Comparison("first", "the first build of this release")
-    if old["payload_sha256"] == new["payload_sha256"]:
-        return Comparison("equal", "every file of the payload is the same, bit for bit")
     changed = [
         f"{part}.{key}"
         for part in ("what", "inputs")
@@ -128,8 +134,11 @@ def compare_lock(old: Mapping[str, Any] | None, new: Mapping[str, Any], path: Pa
         return Comparison("replaced", f"the lock is for another release: {', '.join(changed)} changed")
     files = sorted(old["payload"].keys() | new["payload"].keys())
     different = [name for name in files if old["payload"].get(name) != new["payload"].get(name)]
+    if not different:
+        return Comparison("equal", "every file of the payload is the same, bit for bit")
     largest = compare_amax(old["amax"], new["amax"])
-    if old["machine_classes"] != new["machine_classes"] and largest > 0:
+    elsewhere = old["machine_classes"] != new["machine_classes"]
+    if elsewhere and 0 < largest <= RECALIBRATED and all(name.endswith(".safetensors") for name in different):
         classes = " and ".join(", ".join(lock["machine_classes"]) for lock in (old, new))
         return Comparison(
             "recalibrated", f"calibrated on {classes}: input scales differ by {100 * largest:.2f} % at most"
@@ -139,7 +148,7 @@ def compare_lock(old: Mapping[str, Any] | None, new: Mapping[str, Any], path: Pa
         for name, found in new["versions"].items()
         if old["versions"].get(name) != found
     ]
-    why = f"versions differ: {', '.join(versions)}" if versions else "inputs, versions and machine class are the same"
+    why = f"versions differ: {', '.join(versions)}" if versions else "inputs and versions are the same"
     raise VerifyError(
         f"{different[0]} is not what the lock says ({len(different)} of {len(files)} files differ; {why})",
         str(path),
@@ -148,13 +157,17 @@ def compare_lock(old: Mapping[str, Any] | None, new: Mapping[str, Any], path: Pa
 
 
 def compare_amax(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]) -> float:
-    """The largest relative difference between two amax tables; infinite if they measure different things."""
+    """The largest relative difference between two amax tables' inputs.
+
+    Infinite if they measure different things, or if a weight differs, which measures the same anywhere.
+    """
     largest = 0.0
-    if old.keys() != new.keys():
+    if old.keys() != new.keys() or any(old[linear].keys() != new[linear].keys() for linear in old):
         return float("inf")
     for linear, kinds in old.items():
         for kind, text in kinds.items():
-            first, second = float.fromhex(text), float.fromhex(new[linear].get(kind, "nan"))
-            difference = abs(first - second) / abs(first)
-            largest = max(largest, difference if difference == difference else float("inf"))
+            first, second = float.fromhex(text), float.fromhex(new[linear][kind])
+            if first != second:
+                comparable = kind == "input" and first > 0 and second > 0
+                largest = max(largest, abs(first - second) / first if comparable else float("inf"))
     return largest

@@ -7,6 +7,7 @@ run it whole; the `modelopt` layout is renamed in memory first.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 
 from builder.base import Checkpoint, open_checkpoint, read_tensors
 from builder.calibration import load_tokenizer
-from builder.errors import BaseError, BuildError
+from builder.errors import BaseError, BuildError, VerifyError
 from builder.files import read_json
 from builder.streaming import LayerStream
 
 LONGEST_WINDOW = 2048
+LARGEST_LOSS = math.log(sys.float_info.max)
+CHUNK = 256  # tokens whose log-likelihoods over the vocabulary are in memory at once
 FROM_MODELOPT = {
     "weight_packed": "weight",
     "weight_global_scale": "weight_scale_2",
@@ -79,8 +82,11 @@ def split_text(path: Path, base: Path, longest: int, where: str) -> list[list[in
     """The held-out text as windows of token ids that do not overlap; the last one may be shorter."""
     if not path.is_file():
         raise BuildError(f"no such file: {path}", where, "give a text file relative to the manifest")
-    tokenizer = load_tokenizer(base, where)
-    tokens = tokenizer(path.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise BuildError(f"{path.name} is not UTF-8 text", where, "convert it to UTF-8") from error
+    tokens = load_tokenizer(base, where)(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = [tokens[start : start + longest] for start in range(0, len(tokens), longest)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
@@ -89,7 +95,10 @@ def split_text(path: Path, base: Path, longest: int, where: str) -> list[list[in
 
 
 def measure_perplexity(stream: LayerStream, windows: Sequence[Sequence[int]]) -> float:
-    """exp of the mean negative log-likelihood of every token but each window's first."""
+    """exp of the mean negative log-likelihood of every token but each window's first.
+
+    Raises VerifyError if it is not a number, or not finite.
+    """
     rows = [stream.embed(window) for window in windows]
     for index in range(len(stream.layers)):
         with stream.open_layer(index) as layer:
@@ -97,8 +106,12 @@ def measure_perplexity(stream: LayerStream, windows: Sequence[Sequence[int]]) ->
                 stream.run_layer(layer, index, row)
     total, count = 0.0, 0
     for row, window in zip(rows, windows, strict=True):
-        log_likelihood = torch.log_softmax(stream.read_logits(row)[:-1].float(), dim=-1)
-        targets = torch.tensor(list(window[1:]), device=log_likelihood.device)
-        total -= float(log_likelihood.gather(1, targets[:, None]).double().sum())
+        logits = stream.read_logits(row)[:-1]
+        targets = torch.tensor(list(window[1:]), device=logits.device)
+        for some, wanted in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True):
+            total -= float(torch.log_softmax(some.float(), dim=-1).gather(1, wanted[:, None]).double().sum())
         count += len(targets)
+    if not total / count < LARGEST_LOSS:
+        what = f"the mean negative log-likelihood is {total / count}, which is no perplexity"
+        raise VerifyError(what, str(stream.checkpoint.folder), "see whether its weights and scales are sound")
     return math.exp(total / count)

@@ -203,7 +203,7 @@ def compare_headers(architecture: Architecture, headers: Mapping[str, Stored]) -
         elif found.dtype != tensor.dtype:
             problems.append(f"{name} is {found.dtype}, but config.json says {tensor.dtype}")
     if problems:
-        more = f" (and {len(problems) - 1} more such tensors)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise BuildError(
             problems[0] + more, "the base model's headers", "fetch the base again, or mend its config.json"
         )

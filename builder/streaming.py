@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from builder.base import Checkpoint
+from builder.errors import BaseError
 from builder.families import build_model, find_layers
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ class Row:
 
 
 class Recorder(torch.nn.Module):
-    """Stands in a layer's place, passes hidden states on unchanged and notes what the layer would be called with."""
+    """Stands in a layer's place, passes hidden states on unchanged and notes its last call."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # kept out of the module tree; families read attributes such as attention_type
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.seen: list[torch.Tensor] = []
+        self.seen: torch.Tensor
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -55,8 +56,7 @@ class Recorder(torch.nn.Module):
             return getattr(self.__dict__["layer"], name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.calls.append((args, kwargs))
-        self.seen.append(hidden_states)
+        self.seen, self.arguments = hidden_states, (args, kwargs)
         return hidden_states
 
 
@@ -106,9 +106,6 @@ class LayerStream:
     @torch.inference_mode()
     def embed(self, tokens: Sequence[int]) -> Row:
         """Turn token ids into the first layer's input, and find what every layer is called with."""
-        for recorder in self.recorders:
-            recorder.calls.clear()
-            recorder.seen.clear()
         head = self.model.get_output_embeddings()
 
         def stop(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -121,7 +118,7 @@ class LayerStream:
             pass
         finally:
             hook.remove()
-        return Row(self.recorders[0].seen[0], [recorder.calls[0] for recorder in self.recorders])
+        return Row(self.recorders[0].seen, [recorder.arguments for recorder in self.recorders])
 
     @contextmanager
     def open_layer(self, index: int) -> Iterator[torch.nn.Module]:
@@ -131,8 +128,10 @@ class LayerStream:
         layer.load_state_dict(weights, strict=False, assign=True)
         layer.requires_grad_(False)
         self.finish_layer(layer)
-        yield layer
-        layer.to("meta")
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
 
     @torch.inference_mode()
     def run_layer(self, layer: torch.nn.Module, index: int, row: Row) -> None:
@@ -162,10 +161,18 @@ def compute_buffers(module: torch.nn.Module, device: torch.device, model: PreTra
     """Give buffers that are computed and not stored (rotary frequencies, embedding scales) their values.
 
     transformers computes them in `_init_weights`, as it does when it loads a checkpoint itself.
+    Raises BaseError naming a buffer that it leaves out.
     """
     owner: Any = model or module
     for part in module.modules():
         missing = {name: buffer for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta}
-        if missing:
-            part._buffers.update({name: torch.empty_like(buffer, device=device) for name, buffer in missing.items()})
-            owner._init_weights(part)
+        if not missing:
+            continue
+        for name, buffer in missing.items():
+            unset = float("nan") if buffer.is_floating_point() else 0
+            part._buffers[name] = torch.full_like(buffer, unset, device=device)
+        owner._init_weights(part)
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.isnan().any():
+                what = f"transformers does not compute the buffer {name} of {type(part).__name__}"
+                raise BaseError(what, type(owner).__name__, "use a base model of another family")

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from builder.manifest import load_manifest
+from builder.stages import STAGES, Workspace, run_stage
+
 TINY_LLAMA = Path(__file__).parents[1] / "releases" / "tiny-llama"
 
 MANIFEST = """\
@@ -73,3 +76,18 @@ def write_release(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def build_release() -> Callable[..., Workspace]:
+    """Run the stages of a release up to `last`, in this process."""
+
+    def build(manifest: Path, folder: Path, last: str = "assemble") -> Workspace:
+        workspace = Workspace(load_manifest(manifest), folder)
+        for stage in STAGES:
+            run_stage(workspace, stage)
+            if stage.name == last:
+                return workspace
+        raise AssertionError(last)
+
+    return build

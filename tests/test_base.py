@@ -68,7 +68,8 @@ def test_headers_agree_with_the_safetensors_library(tmp_path: Path) -> None:
     tensors = base.read_header(path)
     with safe_open(path, framework="pt") as file:
         seen = {
-            name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in file.keys()
+            name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
+            for name in file.keys()  # noqa: SIM118
         }
     assert {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors} == seen
     assert len(seen) == len(dtypes) == len(base.DTYPE_BYTES)
@@ -297,7 +298,8 @@ def test_a_folder_with_pickles_alone_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     assert refusal(lambda: base.read_tensors(tmp_path, WHERE)) == (
-        f"the base model has no model.safetensors and no {INDEX}\n  in {WHERE}\n  fix: use a base model with its weights"
+        f"the base model has no model.safetensors and no {INDEX}\n"
+        f"  in {WHERE}\n  fix: use a base model with its weights"
     )
 
 
@@ -427,10 +429,7 @@ def test_a_preview_of_a_single_weight_file_needs_no_index(fake: FakeHub, write_r
     revision = fake.add(REPO, {"config.json": json.dumps(LLAMA).encode(), "model.safetensors": weights})
     config, headers = base.preview_base(pin(write_release, revision))
     assert config == LLAMA and headers is not None
-    assert [(name, tensor.start) for name, tensor in headers.items()] == [
-        ("a", len(weights) - 4),
-        ("b", len(weights) - 4 - 4 * 4096),
-    ] or [name for name in headers] == ["a", "b"]
+    assert {name: tensor.shape for name, tensor in headers.items()} == {"a": (1,), "b": (4096,)}
     assert fake.num_bytes_sent("model.safetensors") < 300
 
 

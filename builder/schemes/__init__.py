@@ -45,10 +45,13 @@ class Scheme(Protocol):
     ) -> dict[str, torch.Tensor]:
         """Quantize linears that read the same input. Returns the planned tensors; the weights are not modified."""
 
-    def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
-        """The `quantization_config` of config.json; ignore: every linear that stays as it was."""
+    def quantization_config(self, ignore: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Any]:
+        """The `quantization_config` of config.json.
 
-    def extra_configs(self, ignore: Sequence[str]) -> dict[str, Any]:
+        ignore: every linear that stays as it was. embeddings: every plain torch.nn.Embedding, which also does.
+        """
+
+    def extra_configs(self, ignore: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Any]:
         """Further JSON files that the layout needs, by name."""
 
 
@@ -69,8 +72,9 @@ def bind_scheme(source: manifest.Manifest) -> Scheme:
     """The scheme a manifest names. Raises ManifestError for a name, or a number of schemes, there is no code for."""
     specs = source.release.scheme
     if len(specs) != 1 or specs[0].match is not None:
+        given = f"{len(specs)} schemes" if len(specs) != 1 else f"a scheme for {specs[0].match} alone"
         raise ManifestError(
-            f"{len(specs)} schemes by `match`, but a release has one scheme for all its linears",
+            f"{given}, but a release has one scheme for all its linears",
             source.where("scheme"),
             "give one scheme, without `match`",
         )

@@ -58,13 +58,13 @@ class Nvfp4:
         if weight.dtype != "BF16":
             raise LayoutError(
                 f"{weight.name} is {weight.dtype}, but nvfp4 packs bfloat16 weights",
-                f"{weight.name}",
+                weight.name,
                 "convert the base model to bfloat16 first",
             )
         if in_features % BLOCK:
             raise LayoutError(
                 f"{linear} has {in_features} input features, which is not a multiple of {BLOCK}",
-                f"{weight.name}",
+                weight.name,
                 f"add {linear} to scheme.ignore",
             )
         packed, scale, weight_global, input_global = self.names
@@ -114,7 +114,8 @@ class Nvfp4:
     ) -> dict[str, torch.Tensor]:
         """weights: bf16 [O, I] by linear; input_amax: by linear, unused with unit scales.
 
-        Raises LayoutError naming the linear if a weight is all zero or not finite.
+        Raises LayoutError naming a linear if a weight is all zero or not finite, or if magnitudes are so small that
+        the reciprocal of their scale, which the compressed-tensors layout stores, is infinite.
         """
         import torch
 
@@ -137,6 +138,14 @@ class Nvfp4:
             stored = [(1 / weight_scale).reshape(1), (1 / input_scale).reshape(1)]
         else:
             stored = [weight_scale, input_scale]
+        for kind, value in zip(KINDS, stored, strict=True):
+            if not 0.0 < value.item() < float("inf"):
+                linear = next(iter(weights))
+                raise LayoutError(
+                    f"the {kind} scale of {linear} would be {value.item()}",
+                    f"{linear}.weight",
+                    f"add {linear} to scheme.ignore, or see whether the base model is sound",
+                )
         packed, scale, weight_global, input_global = self.names
         tensors: dict[str, torch.Tensor] = {}
         for linear, weight in weights.items():
@@ -150,9 +159,9 @@ class Nvfp4:
 
         return pack_nvfp4(weight_OI, weight_scale, block_scale_floor=self.block_scale_floor)
 
-    def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(self, ignore: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Any]:
         if self.layout == "modelopt":
-            return self.modelopt_config(ignore)
+            return self.modelopt_config([*ignore, *embeddings])
         from importlib.metadata import version
 
         weights = {
@@ -181,7 +190,10 @@ class Nvfp4:
         }
 
     def modelopt_config(self, ignore: Sequence[str]) -> dict[str, Any]:
-        """As `export_hf_checkpoint` of modelopt 0.47 writes it, from which engines know the layout."""
+        """As `export_hf_checkpoint` of modelopt 0.47 writes it, from which engines know the layout.
+
+        ignore: modules by their whole names, where modelopt may shorten several to a prefix with a star.
+        """
         quantizer = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
         return {
             "config_groups": {
@@ -193,14 +205,14 @@ class Nvfp4:
             "quant_method": "modelopt",
         }
 
-    def extra_configs(self, ignore: Sequence[str]) -> dict[str, Any]:
+    def extra_configs(self, ignore: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Any]:
         if self.layout != "modelopt":
             return {}
         quantization = {
             "quant_algo": "NVFP4",
             "kv_cache_quant_algo": None,
             "group_size": BLOCK,
-            "exclude_modules": sorted(ignore),
+            "exclude_modules": sorted([*ignore, *embeddings]),
         }
         return {"hf_quant_config.json": {"producer": describe_producer(), "quantization": quantization}}
 

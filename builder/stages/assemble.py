@@ -95,8 +95,9 @@ def write_draft(workspace: Workspace, plan: Plan, scheme: Scheme, draft: Path, b
         data_bytes = sum(tensor.num_bytes for tensor in plan.tensors.values())
         write_index(draft, plan.weight_map, data_bytes, plan.architecture.num_parameters)
     config = read_json(base / "config.json")
-    write_config(draft / "config.json", config, scheme.quantization_config(plan.ignore))
-    for name, content in scheme.extra_configs(plan.ignore).items():
+    embeddings = plan.architecture.embeddings
+    write_config(draft / "config.json", config, scheme.quantization_config(plan.ignore, embeddings))
+    for name, content in scheme.extra_configs(plan.ignore, embeddings).items():
         write_json(draft / name, content)
     for name in list_base_files(base):
         if is_companion(name):

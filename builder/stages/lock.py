@@ -13,7 +13,7 @@ from builder.stages.workspace import Workspace
 def read(workspace: Workspace) -> Any:
     return {
         "what": lock.describe_what(workspace.manifest),
-        "facts": {stage: workspace.facts(stage) for stage in ("fetch", "calibrate", "assemble", "verify")},
+        "facts": {stage: workspace.facts(stage) for stage in ("fetch", "calibrate", "assemble")},
     }
 
 
@@ -28,6 +28,9 @@ def run(workspace: Workspace) -> Outcome:
         inputs["num_rows"] = rows["count"]
     if rows is not None and release.calibration and release.calibration.path:
         inputs["calibration_sha256"] = workspace.digest_file(release.calibration.path)
+    if release.base.license_files:
+        texts = release.base.license_files.items()
+        inputs["license_files"] = {name: workspace.digest_file(path) for name, path in texts}
     new = lock.make_lock(
         workspace.manifest,
         fixes=tuple(fix.name for fix in bind_fixes(workspace.manifest)),

@@ -63,6 +63,7 @@ def make_key(workspace: Workspace, stage: Stage) -> str:
 def run_stage(workspace: Workspace, stage: Stage) -> tuple[str, ...]:
     """Run a stage and leave its receipt. Returns lines for whoever watches."""
     started, clock = datetime.now(UTC), time.monotonic()
+    sweep(workspace)
     key = make_key(workspace, stage)
     outcome = stage.run(workspace)
     circumstances = {
@@ -80,6 +81,12 @@ def run_stage(workspace: Workspace, stage: Stage) -> tuple[str, ...]:
     }
     write_json(workspace.receipt_path(stage.name), receipt)
     return outcome.lines
+
+
+def sweep(workspace: Workspace) -> None:
+    """Remove temporary files that killed workers left behind; the release is held, so nobody needs them."""
+    for leftover in workspace.folder.glob("**/.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def describe_host() -> str:

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from builder.base import Tensor
+from builder.errors import BaseError
+from builder.families import Architecture, build_model, describe_architecture, find_layers
+
+WHERE = "releases/tiny.yaml:5:3: base.path: base"
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "bfloat16",
+}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUT, DOWN = ("self_attn.o_proj",), ("mlp.down_proj",)
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+USUAL = (QKV, OUT, GATE_UP, DOWN)
+
+
+def make_config(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
+    return {**TINY, "architectures": [architecture], "model_type": model_type, **changes}
+
+
+def describe(architecture: str, model_type: str, **changes: Any) -> Architecture:
+    return describe_architecture(make_config(architecture, model_type, **changes), WHERE)
+
+
+def refusal(architecture: str, model_type: str, **changes: Any) -> str:
+    with pytest.raises(BaseError) as caught:
+        describe(architecture, model_type, **changes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "groups", "tied"),
+    [
+        ("LlamaForCausalLM", "llama", USUAL, False),
+        ("MistralForCausalLM", "mistral", USUAL, False),
+        ("Qwen2ForCausalLM", "qwen2", USUAL, False),
+        ("Qwen3ForCausalLM", "qwen3", USUAL, False),
+        ("GraniteForCausalLM", "granite", USUAL, False),
+        ("Olmo2ForCausalLM", "olmo2", USUAL, False),
+        ("Gemma2ForCausalLM", "gemma2", USUAL, True),
+        ("Gemma3ForCausalLM", "gemma3_text", USUAL, True),
+        ("Cohere2ForCausalLM", "cohere2", ((*QKV, *GATE_UP), OUT, DOWN), True),
+        ("Phi3ForCausalLM", "phi3", (("self_attn.qkv_proj",), OUT, ("mlp.gate_up_proj",), DOWN), False),
+        ("Glm4ForCausalLM", "glm4", (QKV, OUT, ("mlp.gate_up_proj",), DOWN), False),
+        ("Starcoder2ForCausalLM", "starcoder2", (QKV, OUT, ("mlp.c_fc",), ("mlp.c_proj",)), True),
+    ],
+)
+def test_linears_that_read_the_same_input_are_one_group(
+    architecture: str, model_type: str, groups: tuple[tuple[str, ...], ...], tied: bool
+) -> None:
+    found = describe(architecture, model_type)
+    assert [layer.name for layer in found.layers] == ["model.layers.0", "model.layers.1"]
+    for layer in found.layers:
+        assert layer.groups == tuple(tuple(f"{layer.name}.{linear}" for linear in group) for group in groups)
+        assert layer.linears == tuple(linear for group in layer.groups for linear in group)
+    assert (found.name, found.tied, found.other_linears) == (architecture, tied, ("lm_head",))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [("LlamaForCausalLM", "llama"), ("Qwen3ForCausalLM", "qwen3"), ("Gemma3ForCausalLM", "gemma3_text")],
+)
+def test_tensors_are_what_transformers_itself_stores(architecture: str, model_type: str) -> None:
+    config = make_config(architecture, model_type)
+    parsed = transformers.CONFIG_MAPPING[model_type].from_dict(config)
+    model = transformers.AutoModelForCausalLM.from_config(parsed, dtype=torch.bfloat16)
+    kept = {id(parameter): name for name, parameter in reversed(model.state_dict(keep_vars=True).items())}
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items() if name in kept.values()}
+    found = describe_architecture(config, WHERE)
+    assert {tensor.name: tensor.shape for tensor in found.tensors} == state
+    assert {tensor.dtype for tensor in found.tensors} == {"BF16"}
+    assert found.num_parameters == model.num_parameters()
+
+
+def test_edges_are_what_comes_before_and_after_the_layers() -> None:
+    found = describe("LlamaForCausalLM", "llama")
+    assert found.first_edge == (Tensor(name="model.embed_tokens.weight", dtype="BF16", shape=(64, 32)),)
+    assert found.last_edge == (
+        Tensor(name="model.norm.weight", dtype="BF16", shape=(32,)),
+        Tensor(name="lm_head.weight", dtype="BF16", shape=(64, 32)),
+    )
+
+
+def test_tied_embeddings_are_stored_once() -> None:
+    tied, untied = (describe("Qwen2ForCausalLM", "qwen2", tie_word_embeddings=is_tied) for is_tied in (True, False))
+    assert [tensor.name for tensor in tied.last_edge] == ["model.norm.weight"]
+    assert tied.tied and not untied.tied
+    assert untied.num_parameters - tied.num_parameters == 64 * 32
+
+
+def test_biases_belong_to_the_layer() -> None:
+    names = [tensor.name for tensor in describe("Qwen2ForCausalLM", "qwen2").layers[1].tensors]
+    assert [name for name in names if name.endswith(".bias")] == [f"model.layers.1.{linear}.bias" for linear in QKV]
+
+
+def test_the_shallowest_of_several_fitting_lists_holds_the_layers() -> None:
+    def make_list() -> torch.nn.ModuleList:
+        return torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+
+    model = torch.nn.Module()
+    model.vision = torch.nn.ModuleDict({"tower": torch.nn.ModuleDict({"blocks": make_list()})})
+    model.model = torch.nn.ModuleDict({"pair": torch.nn.ModuleList(make_list()[:1]), "layers": make_list()})
+    model.config = SimpleNamespace(num_hidden_layers=2)  # type: ignore[assignment]
+    assert find_layers(model)[0] == "model.layers"  # type: ignore[arg-type]
+
+
+def test_facts_hold_the_numbers_a_model_is_known_by() -> None:
+    facts = describe("MistralForCausalLM", "mistral", head_dim=None, max_position_embeddings=128).facts
+    assert facts == {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 64,
+        "max_position_embeddings": 128,
+    }
+
+
+@pytest.mark.parametrize(
+    ("written", "dtype"),
+    [
+        ({"dtype": "float16"}, "F16"),
+        ({"dtype": None, "torch_dtype": "bfloat16"}, "BF16"),
+        ({"dtype": None}, "F32"),
+    ],
+)
+def test_the_dtype_is_the_configs(written: dict[str, Any], dtype: str) -> None:
+    assert {tensor.dtype for tensor in describe("LlamaForCausalLM", "llama", **written).tensors} == {dtype}
+
+
+def test_no_weight_is_in_memory() -> None:
+    model = build_model(make_config("LlamaForCausalLM", "llama"), WHERE)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert len(tensors) > 20 and all(tensor.is_meta for tensor in tensors)
+
+
+BIG = {
+    "llama-70b": (
+        make_config(
+            "LlamaForCausalLM",
+            "llama",
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=128256,
+        ),
+        (70_553_706_496, 80, 7),
+    ),
+    "mistral-large-123b": (
+        make_config(
+            "MistralForCausalLM",
+            "mistral",
+            hidden_size=12288,
+            intermediate_size=28672,
+            num_hidden_layers=88,
+            num_attention_heads=96,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=32768,
+        ),
+        (122_610_069_504, 88, 7),
+    ),
+    "command-a-111b": (
+        make_config(
+            "Cohere2ForCausalLM",
+            "cohere2",
+            hidden_size=12288,
+            intermediate_size=36864,
+            num_hidden_layers=64,
+            num_attention_heads=96,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=256000,
+        ),
+        (111_057_580_032, 64, 7),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_large_models_are_described_within_seconds(name: str) -> None:
+    config, expected = BIG[name]
+    started = time.monotonic()
+    found = describe_architecture(config, WHERE)
+    assert (found.num_parameters, len(found.layers), len(found.layers[0].linears)) == expected
+    assert time.monotonic() - started < 15
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [
+        ("NopeForCausalLM", "llama"),
+        ("LlamaForCausalLM", "nope"),
+        ("LlamaForCausalLM", "mistral"),
+        ("LlamaModel", "llama"),
+        ("AutoModel", "llama"),
+        ("BertForMaskedLM", "bert"),
+        ("T5ForConditionalGeneration", "t5"),
+        ("__name__", "llama"),
+    ],
+)
+def test_an_architecture_that_is_no_causal_language_model_is_refused(architecture: str, model_type: str) -> None:
+    assert refusal(architecture, model_type) == (
+        f"transformers {transformers.__version__} has no causal language model {architecture} ({model_type})\n"
+        f"  in {WHERE}\n  fix: use a base model of a decoder family that transformers knows"
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "tensor"),
+    [
+        ("MixtralForCausalLM", "mixtral", "model.layers.0.mlp.experts.gate_up_proj"),
+        ("Qwen3MoeForCausalLM", "qwen3_moe", "model.layers.0.mlp.experts.gate_up_proj"),
+        ("MambaForCausalLM", "mamba", "backbone.layers.0.mixer.conv1d.weight"),
+    ],
+)
+def test_mixtures_and_convolutions_are_refused_by_name(architecture: str, model_type: str, tensor: str) -> None:
+    assert refusal(architecture, model_type) == (
+        f"{tensor} has 3 dimensions: experts and convolutions cannot be quantized\n"
+        f"  in {WHERE}\n  fix: use a base model with dense layers"
+    )
+
+
+def test_layers_without_linears_are_refused() -> None:
+    assert refusal("GPT2LMHeadModel", "gpt2") == (
+        f"the decoder layers have no linears\n  in {WHERE}\n  fix: use a base model of another family"
+    )
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_linear_that_does_not_run_exactly_once_is_refused(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(times):
+            self.up_proj(x)
+        return self.down_proj(self.gate_proj(x))
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    assert refusal("LlamaForCausalLM", "llama") == (
+        f"model.layers.0.mlp.up_proj runs {times} times in a forward pass, but must run once\n"
+        f"  in {WHERE}\n  fix: use a base model of another family"
+    )
+
+
+def test_a_model_of_several_towers_is_refused() -> None:
+    assert refusal("Gemma3ForConditionalGeneration", "gemma3").endswith(
+        "decoder layers\n  in config.json\n  fix: use a base model that is a plain stack of decoder layers"
+    )
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_model_without_layers_is_refused(count: int) -> None:
+    assert refusal("LlamaForCausalLM", "llama", num_hidden_layers=count) == (
+        f"LlamaForCausalLM has no list of {count} decoder layers\n"
+        "  in config.json\n  fix: use a base model that is a plain stack of decoder layers"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"hidden_size": "wide"},
+            "StrictDataclassFieldValidationError: Validation error for field 'hidden_size': "
+            "TypeError: Field 'hidden_size' expected int, got str (value: 'wide')",
+        ),
+        ({"num_attention_heads": 0}, "ZeroDivisionError: integer modulo by zero"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"pad_token_id": 100}, "AssertionError: Padding_idx must be within num_embeddings"),
+        (
+            {"vocab_size": -5},
+            "RuntimeError: Trying to create tensor with negative dimension -5: [-5, 32]",
+        ),
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused_in_three_lines(changes: dict[str, Any], reason: str) -> None:
+    assert refusal("LlamaForCausalLM", "llama", **changes) == (
+        f"config.json does not make a LlamaForCausalLM: {reason}\n  in {WHERE}\n  fix: mend config.json"
+    )
+
+
+def test_a_config_that_makes_a_model_which_cannot_run_is_refused_in_three_lines() -> None:
+    assert refusal("LlamaForCausalLM", "llama", num_key_value_heads=3) == (
+        "config.json makes a LlamaForCausalLM that does not run: RuntimeError: "
+        "The size of tensor a (4) must match the size of tensor b (3) at non-singleton dimension 1\n"
+        f"  in {WHERE}\n  fix: mend config.json, or use a base model of another family"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "nope"])
+def test_a_dtype_that_nothing_is_quantized_from_is_refused(dtype: str) -> None:
+    assert refusal("LlamaForCausalLM", "llama", dtype=dtype) == (
+        f"config.json has the dtype {dtype}\n  in {WHERE}\n  fix: use a base in bfloat16, float16 or float32"
+    )
