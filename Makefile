@@ -29,5 +29,8 @@ check: setup
 	$(BIN)/python -m builder.manifest --check
 	$(BIN)/python -m pytest tests/test_architecture.py
 
+bench: setup
+	$(BIN)/python tests/benchmarks/packing.py
+
 clean:
 	rm -rf build

@@ -27,6 +27,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md")
+TEMPLATES = "additional_chat_templates"  # the one folder inside a model folder that tokenizers read
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
 
 
@@ -322,6 +323,8 @@ def fetch_base(manifest: Manifest) -> Path:
 def is_companion(name: str) -> bool:
     """Whether a release needs a file besides the weights: configs, index, tokenizer, template, licences."""
     path = PurePosixPath(name)
+    if path.parts[0] == TEMPLATES and len(path.parts) == 2:
+        return path.suffix == ".jinja"
     if len(path.parts) != 1 or name.startswith(".") or name == "README.md":
         return False
     return any(path.match(pattern) for pattern in COMPANIONS)
@@ -331,7 +334,8 @@ def list_base_files(folder: Path) -> tuple[str, ...]:
     """The base's files that a release reads, sorted; weights that the index does not name are none of them."""
     weight_map = read_index(folder, str(folder))
     weights = {SINGLE} if weight_map is None else set(weight_map.values())
-    names = {path.name for path in folder.iterdir() if path.is_file()}
+    paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")]
+    names = {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
     return tuple(sorted(name for name in names if name in weights or is_companion(name)))
 
 

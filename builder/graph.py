@@ -100,6 +100,11 @@ class Loader(TaskLoader2):  # type: ignore[misc]
         tasks = [Task(OVERVIEW, [lambda: print_overview(manifests, Console())])]
         for name, manifest in manifests.items():
             tasks += make_tasks(name, manifest, asked=set(names))
+        for stage in STAGES:
+            every = [f"{stage.name}:{name}" for name in manifests]
+            tasks.append(
+                Task(stage.name, None, task_dep=every, has_subtask=True, doc=f"{stage.title} ({stage.name}:NAME)")
+            )
         if cmd.execute_tasks:
             check_names(names, [task.name for task in tasks])
         return tasks

@@ -47,15 +47,12 @@ def refresh_goldens(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--refresh-goldens"))
 
 
-@pytest.fixture
-def write_release(tmp_path: Path) -> Callable[..., Path]:
-    """Write `releases/NAME.yaml` below tmp_path, with a copy of the repository's tiny Llama beside it.
+def release_writer(folder: Path) -> Callable[..., Path]:
+    """A function that writes `NAME.yaml` into a folder, with a copy of the repository's tiny Llama beside it.
 
     Changes are dotted keys with their new values, None for none at all: `**{"scheme.layout": "modelopt"}`.
-    All releases of a test share `releases/base`, `releases/calibration.jsonl` and `releases/heldout.txt`, which the
-    test may damage.
+    All releases of a folder share `base`, `calibration.jsonl` and `heldout.txt`, which the test may damage.
     """
-    folder = tmp_path / "releases"
 
     def write(name: str = "tiny", **changes: Any) -> Path:
         if not folder.exists():
@@ -79,15 +76,16 @@ def write_release(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def build_release() -> Callable[..., Workspace]:
+def write_release(tmp_path: Path) -> Callable[..., Path]:
+    """Writes releases into `releases/` below tmp_path; see `release_writer`."""
+    return release_writer(tmp_path / "releases")
+
+
+def build(manifest: Path, folder: Path, last: str = "assemble") -> Workspace:
     """Run the stages of a release up to `last`, in this process."""
-
-    def build(manifest: Path, folder: Path, last: str = "assemble") -> Workspace:
-        workspace = Workspace(load_manifest(manifest), folder)
-        for stage in STAGES:
-            run_stage(workspace, stage)
-            if stage.name == last:
-                return workspace
-        raise AssertionError(last)
-
-    return build
+    workspace = Workspace(load_manifest(manifest), folder)
+    for stage in STAGES:
+        run_stage(workspace, stage)
+        if stage.name == last:
+            return workspace
+    raise AssertionError(last)

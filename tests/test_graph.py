@@ -80,7 +80,9 @@ def list_files(folder: Path) -> set[str]:
 def test_a_release_is_built_once_and_afterwards_only_what_changed(
     doit: Run, project: Path, write_release: Callable[..., Path]
 ) -> None:
-    write_release()
+    templates = write_release().parent / "base" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ messages }}")
     first = doit("release:tiny")
     assert (first.code, first.ran) == (0, STEPS)
     assert "tiny is finished" in first.out
@@ -90,6 +92,7 @@ def test_a_release_is_built_once_and_afterwards_only_what_changed(
         artifact
     )
     assert (project / "releases" / "tiny.lock.json").is_file()
+    assert (artifact / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
     card, payload = (artifact / "README.md").read_text(), digest_payload(project / "build" / "tiny")
 
     again = doit("release:tiny")

@@ -52,7 +52,9 @@ def run(workspace: Workspace) -> Outcome:
     write_licenses(workspace, draft, base)
     untouched = {name: sha for name, sha in known.items() if (draft / name).samefile(workspace.parts / name)}
     compare_with_plan(plan, draft)
-    payload = hash_payload(draft, [path.name for path in draft.iterdir()], untouched)
+    payload = hash_payload(
+        draft, [path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file()], untouched
+    )
     old = workspace.folder / "artifact.old"
     shutil.rmtree(old, ignore_errors=True)
     if workspace.artifact.exists():

@@ -1,0 +1,261 @@
+"""Perplexity measured layer by layer is that of the whole model as transformers runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, release_writer
+from safetensors.torch import load_file, save_file
+
+from builder.errors import BaseError, BuildError, CalibrationError, VerifyError
+from builder.perplexity import ArtifactStream, measure_perplexity, open_artifact, open_base, split_text
+from builder.schemes.nvfp4 import Nvfp4
+from builder.stages import Workspace
+
+pytestmark = pytest.mark.xdist_group("modelopt")
+
+WINDOW = 64
+CONFIG = Nvfp4().quantization_config(["lm_head"])
+WHERE = "releases/tiny.yaml:13:9: perplexity.path: heldout.txt"
+
+
+@dataclass
+class Releases:
+    """One release in both layouts, and some of its held-out text."""
+
+    base: Path
+    artifacts: dict[str, Path]
+    text: Path
+    windows: list[list[int]]
+
+    def open(self, layout: str) -> ArtifactStream:
+        return open_artifact(self.artifacts[layout], CONFIG)
+
+    @cached_property
+    def of_base(self) -> float:
+        return measure_perplexity(open_base(self.base), self.windows)
+
+    @cached_property
+    def of_artifact(self) -> float:
+        return measure_perplexity(self.open("compressed-tensors"), self.windows)
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> Releases:
+    folder = tmp_path_factory.mktemp("perplexity")
+    write = release_writer(folder / "releases")
+    artifacts = {}
+    for layout in ("compressed-tensors", "modelopt"):
+        manifest = write(layout, **{"scheme.layout": layout, "calibration.samples": 4, "calibration.tokens": [16, 32]})
+        artifacts[layout] = build(manifest, folder / layout).artifact
+    text = folder / "releases" / "some.txt"
+    text.write_text((folder / "releases" / "heldout.txt").read_text("utf-8")[2000:3200], "utf-8")
+    windows = split_text(text, folder / "releases" / "base", WINDOW, WHERE)
+    return Releases(folder / "releases" / "base", artifacts, text, windows)
+
+
+def measure_whole(folder: Path, windows: Sequence[Sequence[int]]) -> float:
+    """Perplexity of a folder as transformers itself reads it, its loss and all."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    total = count = 0.0
+    for window in windows:
+        tokens = torch.tensor([window])
+        with torch.inference_mode():
+            total += (len(window) - 1) * float(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
+        count += len(window) - 1
+    return math.exp(total / count)
+
+
+def test_a_base_has_the_perplexity_that_transformers_finds(releases: Releases) -> None:
+    assert releases.of_base == pytest.approx(measure_whole(releases.base, releases.windows), rel=1e-6)
+    assert 20 < releases.of_base < 80, "the model was trained; an untrained one has 2048"
+
+
+def test_an_artifact_has_the_perplexity_that_transformers_and_compressed_tensors_find(releases: Releases) -> None:
+    """To 1e-6: the loss of transformers is a float32 mean over each window, ours a float64 sum; logits are equal."""
+    wanted = measure_whole(releases.artifacts["compressed-tensors"], releases.windows)
+    assert releases.of_artifact == pytest.approx(wanted, rel=1e-6)
+    assert releases.of_artifact != releases.of_base
+
+
+def test_an_artifacts_logits_are_those_of_the_whole_model_to_the_last_bit(releases: Releases) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(releases.artifacts["compressed-tensors"], dtype="auto").eval()
+    stream = releases.open("compressed-tensors")
+    for window in (releases.windows[0][:20], releases.windows[-1]):
+        row = stream.embed(window)
+        for index in range(len(stream.layers)):
+            with stream.open_layer(index) as layer:
+                stream.run_layer(layer, index, row)
+        with torch.inference_mode():
+            assert torch.equal(stream.read_logits(row), model(torch.tensor([window]), use_cache=False).logits[0])
+
+
+def test_both_layouts_have_exactly_the_same_perplexity(releases: Releases) -> None:
+    assert measure_perplexity(releases.open("modelopt"), releases.windows) == releases.of_artifact
+
+
+def test_an_artifact_loses_little(releases: Releases) -> None:
+    assert 0.97 < releases.of_artifact / releases.of_base < 1.1
+
+
+def spoil(artifact: Path, folder: Path, suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of an artifact with every tensor of a kind changed."""
+    shutil.copytree(artifact, folder)
+    changed = 0
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith(suffix)]:
+            tensors[name] = change(tensors[name])
+            changed += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert changed == 28
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layout", "suffix"), [("compressed-tensors", ".weight_global_scale"), ("modelopt", ".weight_scale_2")]
+)
+def test_a_scale_written_the_wrong_way_round_shows(
+    releases: Releases, tmp_path: Path, layout: str, suffix: str
+) -> None:
+    spoilt = spoil(releases.artifacts[layout], tmp_path / "spoilt", suffix, lambda scale: 1 / scale)
+    assert measure_perplexity(open_artifact(spoilt, CONFIG), releases.windows) > 1.2 * releases.of_artifact
+
+
+def test_scales_of_inputs_are_used(releases: Releases, tmp_path: Path) -> None:
+    """Scales a hundred thousand times too large push every block of an input below the smallest block scale."""
+    layout = "compressed-tensors"
+    spoilt = spoil(releases.artifacts[layout], tmp_path / "spoilt", ".input_global_scale", lambda scale: scale / 1e5)
+    assert measure_perplexity(open_artifact(spoilt, CONFIG), releases.windows) > 1.2 * releases.of_artifact
+
+
+def test_scales_that_are_not_numbers_end_in_a_sentence(releases: Releases, tmp_path: Path) -> None:
+    layout = "compressed-tensors"
+    nan = float("nan")
+    spoilt = spoil(releases.artifacts[layout], tmp_path / "spoilt", ".weight_global_scale", lambda scale: scale * nan)
+    with pytest.raises(VerifyError) as caught:
+        measure_perplexity(open_artifact(spoilt, CONFIG), releases.windows[:1])
+    assert str(caught.value) == (
+        "the mean negative log-likelihood is nan, which is no perplexity\n"
+        f"  in {spoilt}\n"
+        "  fix: see whether its weights and scales are sound"
+    )
+
+
+def test_only_the_open_layer_of_an_artifact_has_its_weights_in_memory(releases: Releases) -> None:
+    stream = releases.open("compressed-tensors")
+    with stream.open_layer(0) as layer:
+        assert layer.mlp.up_proj.weight.shape == (768, 256) and not layer.mlp.up_proj.weight.is_meta
+    for layer in (layer, *stream.layers):
+        assert all(parameter.is_meta for parameter in layer.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------ windows
+
+
+def test_windows_cut_the_whole_text_and_the_last_may_be_short(releases: Releases) -> None:
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(releases.base)(
+        releases.text.read_text("utf-8"), add_special_tokens=False
+    ).input_ids
+    assert [token for window in releases.windows for token in window] == tokens
+    assert [len(window) for window in releases.windows[:-1]] == [WINDOW] * (len(releases.windows) - 1)
+    assert 1 < len(releases.windows[-1]) < WINDOW, "the text is cut so that this test means something"
+
+
+def test_a_last_window_of_one_token_predicts_nothing_and_is_left_out(releases: Releases) -> None:
+    longest = sum(map(len, releases.windows)) - 1
+    assert [len(window) for window in split_text(releases.text, releases.base, longest, WHERE)] == [longest]
+
+
+def test_every_token_counts_the_same_whatever_its_window(releases: Releases) -> None:
+    stream = open_base(releases.base)
+    apart = [(len(window) - 1, math.log(measure_perplexity(stream, [window]))) for window in releases.windows]
+    mean = sum(count * loss for count, loss in apart) / sum(count for count, _ in apart)
+    assert math.log(measure_perplexity(stream, releases.windows)) == pytest.approx(mean, rel=1e-12)
+
+
+def test_a_window_longer_than_a_chunk_of_logits_is_measured_whole(releases: Releases) -> None:
+    window = [token for window in releases.windows for token in window][:300]
+    found = measure_perplexity(open_base(releases.base), [window])
+    assert found == pytest.approx(measure_whole(releases.base, [window]), rel=1e-6)
+
+
+@pytest.mark.parametrize("content", ["", "a"])
+def test_a_text_without_anything_to_predict_is_refused(releases: Releases, tmp_path: Path, content: str) -> None:
+    (tmp_path / "short.txt").write_text(content)
+    with pytest.raises(BuildError) as caught:
+        split_text(tmp_path / "short.txt", releases.base, WINDOW, WHERE)
+    assert str(caught.value) == (f"short.txt has no text to measure on\n  in {WHERE}\n  fix: give some thousand words")
+
+
+def test_a_text_that_is_not_there_or_not_utf_8_is_refused(releases: Releases, tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    with pytest.raises(BuildError) as caught:
+        split_text(path, releases.base, WINDOW, WHERE)
+    assert str(caught.value) == (
+        f"no such file: {path}\n  in {WHERE}\n  fix: give a text file relative to the manifest"
+    )
+    path.write_bytes("déjà vu".encode("latin-1"))
+    with pytest.raises(BuildError) as caught:
+        split_text(path, releases.base, WINDOW, WHERE)
+    assert str(caught.value) == f"latin.txt is not UTF-8 text\n  in {WHERE}\n  fix: convert it to UTF-8"
+
+
+def test_a_base_without_a_tokenizer_says_so(releases: Releases, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        split_text(releases.text, tmp_path, WINDOW, WHERE)
+    assert caught.value.what.startswith("the base model's tokenizer cannot be read: ")
+
+
+def test_an_artifact_with_a_torn_config_is_refused(releases: Releases, tmp_path: Path) -> None:
+    folder = tmp_path / "torn"
+    shutil.copytree(releases.artifacts["modelopt"], folder)
+    (folder / "config.json").write_text('{"architectures": [')
+    with pytest.raises(BaseError) as caught:
+        open_artifact(folder, CONFIG)
+    assert str(caught.value) == f"{folder}/config.json cannot be read\n  in {folder}\n  fix: build the release again"
+
+
+# -------------------------------------------------------------------------------------------------------- stage
+
+
+def run_stage(workspace: Workspace) -> Any:
+    from builder.stages import perplexity
+
+    return perplexity.STAGE.run(workspace)
+
+
+def test_the_stage_measures_both_on_windows_the_model_can_hold(tmp_path: Path) -> None:
+    write = release_writer(tmp_path / "releases")
+    manifest = write(**{"scheme.input_scale": "unit", "calibration": None})
+    heldout = manifest.parent / "heldout.txt"
+    heldout.write_text(heldout.read_text("utf-8")[:2200], "utf-8")
+    config = json.loads((manifest.parent / "base" / "config.json").read_text())
+    workspace = build(manifest, tmp_path / "build")
+    facts = run_stage(workspace).facts
+    assert facts["window"] == config["max_position_embeddings"] == 512
+    windows = split_text(heldout, manifest.parent / "base", 512, WHERE)
+    assert len(windows) == 2
+    assert facts["num_tokens"] == sum(map(len, windows)) - len(windows)
+    assert facts["base"] == measure_perplexity(open_base(manifest.parent / "base"), windows)
+    assert facts["recovery_percent"] == 100 * facts["base"] / facts["artifact"]
+
+
+def test_the_stage_says_that_nothing_was_measured_without_a_text(tmp_path: Path) -> None:
+    manifest = release_writer(tmp_path / "releases")(perplexity=None)
+    assert run_stage(build(manifest, tmp_path / "build", "plan")).facts == {"measured": False}
