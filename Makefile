@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 WORKERS ?= 2
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench crash clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -31,6 +31,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/benchmarks/packing.py
+
+crash: setup
+	$(BIN)/python tests/crash.py 50
 
 clean:
 	rm -rf build

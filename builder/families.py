@@ -138,6 +138,7 @@ def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture
             first.append(tensor)
         else:
             last.append(tensor)
+    check_buffers(model, where)
     check_dense([tensor for tensors in inside.values() for tensor in tensors], where)
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     try:
@@ -161,6 +162,15 @@ def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture
         tied=bool(getattr(model.config, "tie_word_embeddings", False)),
         facts=collect_facts(model.config),
     )
+
+
+def check_buffers(model: PreTrainedModel, where: str) -> None:
+    """Refuse a model that stores more than parameters: a release would lose it."""
+    buffers = dict(model.named_buffers())
+    stored = [name for name in model.state_dict() if name in buffers]
+    if stored:
+        what = f"{stored[0]} is stored, but is no parameter: such buffers are not carried over"
+        raise BaseError(what, where, "use a base model of another family")
 
 
 def check_dense(tensors: Sequence[Tensor], where: str) -> None:

@@ -6,6 +6,7 @@ Receipts are the only truth about what is done; doit's own database is kept in m
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ RELEASES = Path("releases")
 BUILD = Path("build")
 RELEASE = "release"
 OVERVIEW = "_overview"
+INTERRUPTED = 130  # as shells have it for a command ended by Ctrl-C
 
 
 class Memory:
@@ -176,6 +178,11 @@ def make_action(workspace: Workspace, stage: Stage, *, shown: bool) -> Callable[
         except BuildError as error:
             keep_traceback(error, workspace.folder / "traceback.txt")
             return fail(error)
+        except KeyboardInterrupt:
+            print("\ninterrupted; what is done is kept, and the same command goes on from here", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)  # unloading torch can take seconds
         except OSError as error:
             place = str(error.filename or workspace.folder)
             return fail(BuildError(f"{error.strerror or error}", place, "mend that, then run the same command again"))

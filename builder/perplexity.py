@@ -108,8 +108,9 @@ def measure_perplexity(stream: LayerStream, windows: Sequence[Sequence[int]]) ->
     for row, window in zip(rows, windows, strict=True):
         logits = stream.read_logits(row)[:-1]
         targets = torch.tensor(list(window[1:]), device=logits.device)
-        for some, wanted in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True):
-            total -= float(torch.log_softmax(some.float(), dim=-1).gather(1, wanted[:, None]).double().sum())
+        for start in range(0, len(targets), CHUNK):
+            log_likelihood = torch.log_softmax(logits[start : start + CHUNK].float(), dim=-1)
+            total -= float(log_likelihood.gather(1, targets[start : start + CHUNK, None]).double().sum())
         count += len(targets)
     if not total / count < LARGEST_LOSS:
         what = f"the mean negative log-likelihood is {total / count}, which is no perplexity"

@@ -318,3 +318,11 @@ def test_a_dtype_that_nothing_is_quantized_from_is_refused(dtype: str) -> None:
     assert refusal("LlamaForCausalLM", "llama", dtype=dtype) == (
         f"config.json has the dtype {dtype}\n  in {WHERE}\n  fix: use a base in bfloat16, float16 or float32"
     )
+
+
+def test_a_model_that_stores_more_than_parameters_is_refused() -> None:
+    assert refusal("Gemma4ForCausalLM", "gemma4_text") == (
+        "model.layers.0.layer_scalar is stored, but is no parameter: such buffers are not carried over\n"
+        f"  in {WHERE}\n"
+        "  fix: use a base model of another family"
+    )

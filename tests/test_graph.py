@@ -231,6 +231,28 @@ def test_a_build_killed_in_the_middle_goes_on_to_the_same_bytes(
     assert not [path for path in build.rglob("*") if path.name.endswith((".tmp", ".partial", ".journal"))]
 
 
+def test_ctrl_c_ends_a_build_at_once_and_says_how_to_go_on(project: Path, write_release: Callable[..., Path]) -> None:
+    write_release(executor="processes")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "doit", "release:tiny"],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (project / "build" / "tiny" / "receipts" / "fetch.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    interrupted = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - interrupted < 10  # it takes half a second on an idle machine
+    assert process.returncode == 130
+    assert err == "\ninterrupted; what is done is kept, and the same command goes on from here\n"
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
 
 

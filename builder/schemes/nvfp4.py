@@ -138,11 +138,11 @@ class Nvfp4:
             stored = [(1 / weight_scale).reshape(1), (1 / input_scale).reshape(1)]
         else:
             stored = [weight_scale, input_scale]
-        for kind, value in zip(KINDS, stored, strict=True):
-            if not 0.0 < value.item() < float("inf"):
+        for kind, global_scale in zip(KINDS, stored, strict=True):
+            if not 0.0 < global_scale.item() < float("inf"):
                 linear = next(iter(weights))
                 raise LayoutError(
-                    f"the {kind} scale of {linear} would be {value.item()}",
+                    f"the {kind} scale of {linear} would be {global_scale.item()}",
                     f"{linear}.weight",
                     f"add {linear} to scheme.ignore, or see whether the base model is sound",
                 )
