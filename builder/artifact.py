@@ -29,10 +29,12 @@ from builder.files import (
     explain_disk_errors,
     open_atomic,
     read_json,
+    read_receipt,
     sha256_file,
     sync_folder,
     write_atomic,
     write_json,
+    write_receipt,
 )
 from builder.plan import PlannedFile, is_scalar
 
@@ -86,8 +88,8 @@ class FileInPlace:
         with explain_disk_errors(self.partial):
             file = open_alone(self.partial)
             self.out = HashedFile(file)
-            journal = read_json(self.journal)
-            if isinstance(journal, dict) and journal.get("key") == self.key:
+            journal = read_receipt(self.journal)
+            if journal and journal["key"] == self.key:
                 position = journal["num_bytes"]
                 if self.partial.stat().st_size >= position:
                     self.units, self.scalars = journal["units"], journal["scalars"]
@@ -115,7 +117,7 @@ class FileInPlace:
             os.fsync(self.out.file.fileno())
         self.units.append(unit)
         state = {"key": self.key, "units": self.units, "scalars": self.scalars, "num_bytes": self.out.num_bytes}
-        write_json(self.journal, state)
+        write_receipt(self.journal, state)
 
     def finish(self) -> dict[str, Any]:
         """Close the file with its scalars, move it to its name, and record it."""
@@ -159,16 +161,16 @@ def record_file(path: Path, key: str, sha256: str, num_bytes: int) -> dict[str, 
     """Say of a file that it is finished; written after it."""
     sync_folder(path.parent)
     record = {"key": key, "name": path.name, "sha256": sha256, "num_bytes": num_bytes}
-    write_json(path.with_name(path.name + RECORD), record)
+    write_receipt(path.with_name(path.name + RECORD), record)
     return record
 
 
 def read_record(path: Path, key: str) -> dict[str, Any] | None:
     """The record of a finished file; None unless it was made under this key and is there in full."""
-    record = read_json(path.with_name(path.name + RECORD))
-    if not isinstance(record, dict) or record.get("key") != key or not path.is_file():
+    record = read_receipt(path.with_name(path.name + RECORD))
+    if record is None or record["key"] != key or not path.is_file():
         return None
-    return record if path.stat().st_size == record.get("num_bytes") else None
+    return record if path.stat().st_size == record["num_bytes"] else None
 
 
 def write_unit(path: Path, planned: Sequence[Tensor], tensors: Mapping[str, torch.Tensor], key: str) -> dict[str, Any]:
@@ -183,7 +185,15 @@ def write_unit(path: Path, planned: Sequence[Tensor], tensors: Mapping[str, torc
 
 
 def splice_file(path: Path, planned: PlannedFile, pieces: Sequence[Path], key: str) -> dict[str, Any]:
-    """Make a planned file from the units' pieces, its bytes hashed as they pass."""
+    """Make a planned file from the units' pieces, its bytes hashed as they pass.
+
+    Raises BuildError if a piece is not as it was recorded; it is removed, so that the next run makes it anew.
+    """
+    for piece in pieces:
+        record = read_record(piece, key)
+        if record is None or sha256_file(piece) != record["sha256"]:
+            piece.unlink(missing_ok=True)
+            raise BuildError(f"{piece.name} was damaged on the disk", str(piece.parent), "run the same command again")
     places = {tensor.name: (piece, tensor) for piece in pieces for tensor in read_header(piece)}
     with open_atomic(path) as file:
         out = HashedFile(file)

@@ -336,6 +336,9 @@ def list_base_files(folder: Path) -> tuple[str, ...]:
     weights = {SINGLE} if weight_map is None else set(weight_map.values())
     paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")]
     names = {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
+    for name in names:
+        if not name.isprintable():
+            raise BaseError(f"a file's name is not text: {name!a}", str(folder), "rename it or remove it")
     return tuple(sorted(name for name in names if name in weights or is_companion(name)))
 
 

@@ -16,6 +16,7 @@ from builder.errors import BuildError
 
 CHUNK_BYTES = 8 << 20
 PUBLISHED_MODE = 0o644
+SEAL = "content_sha256"
 
 
 def canonical_json(value: Any) -> str:
@@ -95,5 +96,22 @@ def read_json(path: Path) -> Any:
     """A JSON file of ours; None if it is missing, torn or not JSON at all."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        return None
+
+
+def write_receipt(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file of ours that says, by a digest of its content, that it is whole and as we wrote it."""
+    write_json(path, {**value, SEAL: digest(value)})
+
+
+def read_receipt(path: Path) -> dict[str, Any] | None:
+    """What `write_receipt` wrote; None if it is missing, torn, or altered since."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        return None
+    seal = found.pop(SEAL, None)
+    try:
+        return found if seal == digest(found) else None
+    except ValueError:  # a NaN, which is none of ours
         return None

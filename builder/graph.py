@@ -15,12 +15,12 @@ from typing import Any
 
 from doit import doit_cmd
 from doit.cmd_base import TaskLoader2
-from doit.exceptions import InvalidCommand, TaskFailed
+from doit.exceptions import InvalidCommand, TaskFailed, UnmetDependency
 from doit.reporter import ConsoleReporter
 from doit.task import Task
 from rich.console import Console
 
-from builder.errors import BuildError, nearest
+from builder.errors import BuildError, ManifestError, nearest
 from builder.manifest import Manifest, list_releases, load_manifest, show_path
 from builder.stages import STAGES, Stage, Workspace, hold, is_current, run_stage
 from builder.terminal import print_overview, print_plan, print_summary
@@ -69,15 +69,18 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def execute_task(self, task: Task) -> None:
         stage = task.name.partition(":")[0]
-        if stage in {stage.name for stage in STAGES}:
-            self.write(f"{task.name}: {task.meta['title']}\n")
+        if task.actions and stage in {stage.name for stage in STAGES}:
+            self.write(f"{task.name}: {task.doc}\n")
 
     def skip_uptodate(self, task: Task) -> None:
         self.write(f"{task.name}: up to date\n")
 
     def _write_failure(self, result: dict[str, Any], write_exception: bool = True) -> None:
         failure = result["exception"]
-        if not isinstance(failure, TaskFailed):
+        if isinstance(failure, UnmetDependency):
+            if result["task"].name.startswith(f"{RELEASE}:"):
+                self.write(f"{result['task'].name}: not finished\n")
+        elif not isinstance(failure, TaskFailed):
             super()._write_failure(result, write_exception)
 
     def complete_run(self) -> None:
@@ -89,10 +92,21 @@ class Loader(TaskLoader2):  # type: ignore[misc]
     """Makes the tasks from the manifests in releases/; a broken one yields tasks that say what is wrong with it."""
 
     def load_doit_config(self) -> dict[str, Any]:
-        return {"default_tasks": [OVERVIEW], "backend": "memory", "reporter": Reporter, "verbosity": 2}
+        return {
+            "default_tasks": [OVERVIEW],
+            "backend": "memory",
+            "reporter": Reporter,
+            "verbosity": 2,
+            "continue": True,
+        }
 
     def load_tasks(self, cmd: Any, pos_args: Sequence[str]) -> list[Task]:
         manifests: dict[str, Manifest | BuildError] = {}
+        for path in sorted(RELEASES.glob("*.yml")):
+            fix = f"rename it to {path.stem}.yaml"
+            manifests[path.stem] = ManifestError(
+                f"{path.name} is not read as a manifest", show_path(path.absolute()), fix
+            )
         for name in list_releases(RELEASES):
             try:
                 manifests[name] = load_manifest(RELEASES / f"{name}.yaml")
@@ -123,13 +137,16 @@ def check_names(asked: Sequence[str], valid: Sequence[str]) -> None:
     for name in asked:
         if name in valid:
             continue
+        if f"{RELEASE}:{name}" in valid:
+            name = f"{RELEASE}:{name}"
+            raise InvalidCommand(f"a release alone is no task\n  in the command line\n  fix: did you mean {name}?")
         steps = [other for other in public if other.partition(":")[0] == name.partition(":")[0]]
         close = difflib.get_close_matches(name, public, n=1, cutoff=0.5)
         near = (
             f"did you mean {close[0]}? `doit list` shows what there is" if close else "`doit list` shows what there is"
         )
         fix = nearest(name, steps) if steps else near
-        raise InvalidCommand(f"there is no task {name}\n  in {show_path(RELEASES.absolute())}\n  fix: {fix}")
+        raise InvalidCommand(f"there is no task {name}\n  in the command line\n  fix: {fix}")
 
 
 def make_tasks(name: str, manifest: Manifest | BuildError, asked: set[str]) -> list[Task]:
@@ -149,11 +166,10 @@ def make_tasks(name: str, manifest: Manifest | BuildError, asked: set[str]) -> l
             own,
             [make_action(workspace, stage, shown=shown)],
             task_dep=[tasks[-1].name] if tasks else [],
-            uptodate=[False if shown else make_check(workspace, stage)],
+            uptodate=[make_check(workspace, stage) if not shown else False],
             targets=[str(workspace.receipt_path(stage.name))],
             subtask_of=release,
             doc=stage.title,
-            meta={"title": stage.title},
         )
         tasks.append(task)
     summary = Task(
@@ -173,6 +189,9 @@ def make_action(workspace: Workspace, stage: Stage, *, shown: bool) -> Callable[
     def act() -> TaskFailed | None:
         started = time.monotonic()
         try:
+            if shown and is_current(workspace, stage):
+                print_plan(workspace, Console())
+                return None
             with hold(workspace):
                 lines = run_stage(workspace, stage)
         except BuildError as error:

@@ -13,6 +13,7 @@ from builder.files import digest, read_json
 from builder.manifest import Manifest
 
 FORMAT = "1.0"
+LOCAL = {"base": ("path", "config"), "calibration": ("path",)}  # where local files lie; their digests are inputs
 KEYS = {"name", "what", "inputs", "versions", "machine_classes", "amax", "payload", "payload_sha256"}
 RESTORE = "restore it from version control, or delete it to lock anew"
 RECALIBRATED = 0.05  # the most by which an input's amax may differ elsewhere; 0.016 is the most that was measured
@@ -33,8 +34,9 @@ def describe_what(manifest: Manifest) -> dict[str, Any]:
 
     Title, card, serve profile and the like shape what is rendered around the payload, which is outside the lock.
     """
-    what = manifest.what()
-    return {key: what[key] for key in PAYLOAD_KEYS}
+    what = {key: manifest.what()[key] for key in PAYLOAD_KEYS}
+    what["base"].pop("acknowledge")
+    return what
 
 
 def list_versions() -> dict[str, str]:
@@ -128,10 +130,10 @@ def compare_lock(old: Mapping[str, Any] | None, new: Mapping[str, Any], path: Pa
         f"{part}.{key}"
         for part in ("what", "inputs")
         for key in sorted(old[part].keys() | new[part].keys())
-        if old[part].get(key) != new[part].get(key)
+        if without_places(key, old[part].get(key)) != without_places(key, new[part].get(key))
     ]
     if changed:
-        return Comparison("replaced", f"the lock is for another release: {', '.join(changed)} changed")
+        return Comparison("replaced", f"written anew, for {', '.join(changed)} changed since the last one")
     files = sorted(old["payload"].keys() | new["payload"].keys())
     different = [name for name in files if old["payload"].get(name) != new["payload"].get(name)]
     if not different:
@@ -154,6 +156,13 @@ def compare_lock(old: Mapping[str, Any] | None, new: Mapping[str, Any], path: Pa
         str(path),
         "restore the pinned versions (make setup), or delete the lock to release this build as a new one",
     )
+
+
+def without_places(section: str, value: Any) -> Any:
+    """A section of a lock without the places of local files, which their digests identify wherever they lie."""
+    if section not in LOCAL or not isinstance(value, dict):
+        return value
+    return {key: content for key, content in value.items() if key not in LOCAL[section]}
 
 
 def compare_amax(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]) -> float:

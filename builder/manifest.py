@@ -269,7 +269,7 @@ class Base(Section):
 
 class Scheme(Section):
     name: Name
-    """How weights and activations are quantized: nvfp4, nvfp4a16, fp8_dynamic, w8a8 or w4a16."""
+    """How weights and activations are quantized."""
     layout: Literal["compressed-tensors", "modelopt"] = "compressed-tensors"
     """Tensor names and config that are written; modelopt is for nvfp4 only."""
     input_scale: Literal["calibrated", "unit"] = "calibrated"
@@ -865,7 +865,9 @@ def show_path(path: Path) -> str:
 
 def list_releases(folder: Path) -> tuple[str, ...]:
     """The names of the manifests in a folder, sorted."""
-    return tuple(sorted(path.stem for path in folder.glob("*.yaml") if not path.name.startswith(".")))
+    return tuple(
+        sorted(path.stem for path in folder.glob("*.yaml") if path.is_file() and not path.name.startswith("."))
+    )
 
 
 def load_manifest(path: Path) -> Manifest:

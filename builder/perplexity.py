@@ -19,6 +19,7 @@ from builder.calibration import load_tokenizer
 from builder.errors import BaseError, BuildError, VerifyError
 from builder.files import read_json
 from builder.streaming import LayerStream
+from builder.worker import Progress
 
 LONGEST_WINDOW = 2048
 LARGEST_LOSS = math.log(sys.float_info.max)
@@ -94,16 +95,19 @@ def split_text(path: Path, base: Path, longest: int, where: str) -> list[list[in
     return windows
 
 
-def measure_perplexity(stream: LayerStream, windows: Sequence[Sequence[int]]) -> float:
+def measure_perplexity(stream: LayerStream, windows: Sequence[Sequence[int]], title: str = "perplexity") -> float:
     """exp of the mean negative log-likelihood of every token but each window's first.
 
+    title: what progress is reported under.
     Raises VerifyError if it is not a number, or not finite.
     """
     rows = [stream.embed(window) for window in windows]
+    progress = Progress(title, len(stream.layers))
     for index in range(len(stream.layers)):
         with stream.open_layer(index) as layer:
             for row in rows:
                 stream.run_layer(layer, index, row)
+        progress.step(index + 1)
     total, count = 0.0, 0
     for row, window in zip(rows, windows, strict=True):
         logits = stream.read_logits(row)[:-1]

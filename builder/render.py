@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -27,6 +27,7 @@ from builder.serving import environment, llama_swap_entry, llama_swap_yaml, serv
 TEMPLATES: Final = Path(__file__).parents[1] / "templates"
 NOT_MEASURED: Final = "not measured"
 STAGES: Final = ("plan", "fetch", "calibrate", "quantize", "assemble", "verify", "perplexity", "lock")
+CARD_FILES: Final = ("README.md", "llama-swap.yaml", "serve.sh")  # rendered around the payload, and no part of it
 MANY: Final = 6
 
 
@@ -92,7 +93,7 @@ def render_card(
         "statement": state_changes(base_model=name_base(release), scheme=describe_format(release).label),
         "stages": list(records.items()),
         "total": add_up(records),
-        "shards": join_health(records),
+        "health": list(records["calibrate"].circumstances.health),
         "checks": describe_checks(records["verify"]),
         "checks_run": count_run(records["verify"]),
         "errors": find_severity(records["verify"], "error"),
@@ -162,12 +163,6 @@ def add_up(records: Mapping[str, Measured]) -> Measured:
     )
 
 
-def join_health(records: Mapping[str, Measured]) -> list[tuple[Measured, Measured]]:
-    """The planned shards, each with what calibration found of it."""
-    found = {health.shard.value: health for health in records["calibrate"].circumstances.health}
-    return [(shard, found.get(shard.index.value, Measured())) for shard in records["plan"].circumstances.shards]
-
-
 def describe_checks(verify: Measured) -> list[tuple[str, str, Measured]]:
     """Name, sentence and count of each check, in the order in which verifying makes them."""
     from builder.verify import CHECKS
@@ -194,7 +189,9 @@ def find_severity(verify: Measured, severity: str) -> Measured:
 
 
 def name_base(release: Release) -> str:
-    return release.base.model or str(release.base.path)
+    """The base's Hub id, or the name of its folder; never its path, which is a matter of the publisher's machine."""
+    base = release.base
+    return base.model or PurePath(str(base.path)).name
 
 
 def describe_format(release: Release) -> Format:
@@ -388,6 +385,11 @@ def spell_layers(shard: Mapping[str, int]) -> str:
     return f"{first} to {last - 1}" if last - 1 > first else str(first)
 
 
+def spell_ordinal(shard: Mapping[str, int]) -> str:
+    """A shard's number, counted from one, as on the terminal."""
+    return NOT_MEASURED if shard.get("shard") is None else str(shard["shard"] + 1)
+
+
 def spell_plain(text: str) -> str:
     """Text of its own lines in a plain text file: verbatim, but for what is no text and for space around it."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text).strip()
@@ -409,6 +411,7 @@ FILTERS: Final[Mapping[str, Callable[..., Escaped]]] = {
     "count": show(spell_count),
     "counted": show(spell_counted),
     "layers": show(spell_layers),
+    "ordinal": show(spell_ordinal),
     "number": show(lambda number: f"{number:.6g}"),
     "fixed": show(lambda number, digits: f"{number:.{digits}f}"),
     "percent": show(lambda number: f"{number:.1f} %"),

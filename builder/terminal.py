@@ -44,7 +44,7 @@ def print_plan(workspace: Workspace, console: Console) -> None:
         ("scheme", quantized),
         ("kept as it is", ", ".join(plan["ignore"]) or "nothing"),
         ("size", f"{show_bytes(plan['base_num_bytes'])} -> {show_bytes(plan['num_bytes'])}"),
-        ("tensors", f"{plan['num_tensors']:,} in {len(plan['files'])} files"),
+        ("tensors", f"{plan['num_tensors']:,} in {len(plan['files'])} file{'s' * (len(plan['files']) > 1)}"),
         ("disk", f"{show_bytes(aside['disk_needed'])} needed, {show_bytes(aside['disk_free'])} free"),
     ):
         facts.add_row(f"[bold]{label}[/]", escape(text))
@@ -63,12 +63,17 @@ def tabulate_shards(aside: Mapping[str, Any]) -> Table:
         calibrate = show_bytes(aside["calibrate_memory"]) if aside["calibrate_memory"] else "not calibrated"
         table.add_row(
             str(shard["index"] + 1),
-            f"{shard['first_layer']} to {shard['last_layer'] - 1}",
+            show_range(shard["first_layer"], shard["last_layer"]),
             str(shard["num_quantizers"]),
             calibrate,
             show_bytes(aside["quantize_memory"]),
         )
     return table
+
+
+def show_range(first: int, last: int) -> str:
+    """A half-open range of layers, its last one included."""
+    return f"{first} to {last - 1}" if last - first > 1 else str(first)
 
 
 def tabulate_files(files: Sequence[Mapping[str, Any]]) -> Table:
@@ -102,11 +107,13 @@ def print_summary(workspace: Workspace, console: Console) -> None:
         rows.append(("quality", f"{recovery} (perplexity {measured['base']:.2f} -> {measured['artifact']:.2f})"))
     else:
         rows.append(("quality", "not measured: add `perplexity:` with a held-out text to the manifest"))
-    serve = workspace.artifact / "serve.sh"
-    rows.append(("next", f"less {workspace.artifact / 'README.md'}" + (f"; {serve}" if serve.is_file() else "")))
+    if workspace.manifest.release.serve is None:
+        rows.append(("serving", "no start script, no llama-swap entry: add `serve:` to the manifest for them"))
+    rows.append(("next", f"less {workspace.artifact / 'README.md'}"))
     console.print(f"\n[bold]{name} is finished[/]", highlight=False)
     for label, text in rows:
         console.print(f"[bold]{label:<10}[/]{escape(text)}", highlight=False, soft_wrap=True)
+    console.print()
 
 
 def print_overview(manifests: Mapping[str, Manifest | Exception], console: Console) -> None:

@@ -29,10 +29,11 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.errors import BaseError, VerifyError
-from builder.files import CHUNK_BYTES, PUBLISHED_MODE, read_json
+from builder.files import CHUNK_BYTES, PUBLISHED_MODE, read_json, sha256_file
 
 CHECKS = {
     "files": "the folder holds only regular files of mode 0644: no links, pickles, code, leftovers or stray weights",
+    "digests": "every file has the recorded sha256, and there is no other file",
     "headers": "every weight file is whole: its header fits its size, without holes, overlaps or misaligned tensors",
     "index": "index and files name the same tensors in the same files, and the total size is right",
     "plan": "every tensor has the name, dtype, shape and file that were planned",
@@ -44,7 +45,7 @@ CHECKS = {
     "codes": "every block uses its largest code, so nothing was left unwritten",
     "dequantized": "rows read back from codes and scales are close to the base's",
     "fused": "linears that inference engines fuse share their global scales",
-    "input scales": "they were measured: plausible as maxima of activations, not inverted, not one injected constant",
+    "input scales": "all 1 if planned so; else plausible as maxima of activations, neither inverted nor injected",
     "config": "config.json says what the base's says, apart from quantization_config",
     "quantization config": "it describes this layout and leaves out exactly the linears that were not quantized",
     "copied files": "tokenizer, chat template, generation config: the base's, byte for byte, none forgotten",
@@ -91,7 +92,8 @@ def verify_artifact(
 
     expected: scheme, layout, input_scale, block_scale_floor, generation_config, ignore; `tensors` {name: {dtype, shape,
     file}}; `quantized` module names; `fused` lists of module names that share a global scale; `unused` (may be absent)
-    tensors of the base that the model has no place for.
+    tensors of the base that the model has no place for. May be absent as well: `payload` {name: sha256} of every file;
+    `beside` names of files that may lie around it; `input_amax` {linear: hex float} as calibration measured it.
     sample: how many fused sets the reference library quantizes again; 0 for none.
     whole_model: load it with transformers; None decides by the memory there is.
     Raises BaseError if the base cannot be read, VerifyError if the scheme is unknown here or a helper process dies.
@@ -100,6 +102,7 @@ def verify_artifact(
         raise VerifyError(f"no check knows the scheme {expected['scheme']}", "the plan", "use nvfp4, or skip verifying")
     reading = Reading(artifact, base, expected)
     check_files(reading)
+    check_digests(reading)
     check_index(reading)
     check_plan(reading)
     check_layout(reading)
@@ -327,6 +330,8 @@ def check_files(reading: Reading) -> None:
             if path.name.startswith(".") or path.name == "__pycache__":
                 reading.add("files", name, f"the folder {path.name} does not belong here", f"remove {name}")
             continue
+        if name in reading.expected.get("beside", ()):
+            continue
         reading.counts["files"] += 1
         if path.is_symlink() or not path.is_file():
             reading.add("files", name, "not a regular file", "copy the file itself into the folder")
@@ -340,6 +345,23 @@ def check_files(reading: Reading) -> None:
             head = file.read(4)
         if head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 1):
             reading.add("files", name, "its first bytes are those of a pickle or an archive", f"remove {name}")
+
+
+def check_digests(reading: Reading) -> None:
+    recorded = reading.expected.get("payload")
+    if recorded is None:
+        return
+    found = {path.relative_to(reading.artifact).as_posix() for path in reading.artifact.rglob("*") if path.is_file()}
+    for name in sorted(found - recorded.keys() - set(reading.expected.get("beside", ()))):
+        reading.add("digests", name, f"{name} is no file of this release", f"remove {name}")
+    for name, sha256 in sorted(recorded.items()):
+        if name not in found:
+            reading.add("digests", name, f"{name} is missing")
+            continue
+        reading.counts["digests"] += 1
+        if sha256_file(reading.artifact / name) != sha256:
+            fix = "remove build/NAME/artifact and build/NAME/parts, and build it again; see whether the disk is sound"
+            reading.add("digests", name, f"{name} is not as it was written", fix)
 
 
 def check_index(reading: Reading) -> None:
@@ -598,6 +620,7 @@ def check_input_scales(reading: Reading) -> None:
             amax = reading.implied_amax(scale)
             if not DEAD_AMAX < amax < HALF_MAX:
                 reading.add("input scales", where, f"{scale!s} means activations up to {amax:.3g}", recalibrate)
+    check_measured(reading, usable)
     if not usable:
         return
     middle = statistics.median(map(reading.implied_amax, usable.values()))
@@ -615,6 +638,22 @@ def check_input_scales(reading: Reading) -> None:
             f"{number} of {len(places)} are {value!s}: injected, not measured",
             recalibrate,
         )
+
+
+def check_measured(reading: Reading, scales: Mapping[str, np.float32]) -> None:
+    """Input scales come from the amax that calibration recorded, the largest of each fused set, to the last bit."""
+    measured = reading.expected.get("input_amax", {})
+    for group in reading.fused:
+        if not measured or not scales.keys() >= set(group):
+            continue
+        amax = np.float32(max(float.fromhex(measured[module]) for module in group if module in measured))
+        wanted = amax / np.float32(2688)
+        if reading.layout != "modelopt":
+            wanted = np.float32(1) / wanted
+        for module in group:
+            if scales[module] != wanted:
+                where = f"{module}.{INPUT_SCALE[reading.layout]}"
+                reading.add("input scales", where, f"{scales[module]!s}, but {wanted!s} was measured")
 
 
 # ------------------------------------------------------------------------------------------------ configs, copied files

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from builder.artifact import FileInPlace, read_record, write_unit
 from builder.base import Checkpoint, open_checkpoint
 from builder.errors import BaseError, CalibrationError
-from builder.files import open_atomic, read_json, write_json
+from builder.files import open_atomic, read_receipt, write_receipt
 from builder.manifest import Scheme as SchemeSpec
 from builder.plan import PlannedFile, Unit
 from builder.schemes import SCHEMES, Amax, Scheme
@@ -84,8 +84,8 @@ def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
     """
     folder, key, block = Path(job["folder"]), job["key"], job["block"]
     receipt = folder / f"block-{block:05d}.json"
-    done = read_json(receipt)
-    if isinstance(done, dict) and done.get("key") == key:
+    done = read_receipt(receipt)
+    if done and done["key"] == key:
         return done
     from builder.streaming import LayerStream, describe_machine
 
@@ -109,7 +109,7 @@ def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "peak_bytes": measure_peak(),
     }
-    write_json(receipt, record)
+    write_receipt(receipt, record)
     saved.drop()
     return record
 
@@ -139,8 +139,8 @@ class SavedStates:
         """Put saved hidden states into the rows; returns the layer to go on with and what was measured before it."""
         from builder.files import sha256_file
 
-        note = read_json(self.note)
-        if not isinstance(note, dict) or note.get("key") != self.key or not self.states.is_file():
+        note = read_receipt(self.note)
+        if note is None or note["key"] != self.key or not self.states.is_file():
             return 0, {}
         if sha256_file(self.states) != note["sha256"]:  # killed between the two writes
             return 0, {}
@@ -162,7 +162,7 @@ class SavedStates:
         with open_atomic(self.states) as file:
             file.write(content)
         digest = hashlib.sha256(content).hexdigest()
-        write_json(self.note, {"key": self.key, "layer": layer, "sha256": digest, "amax": write_amax(amax)})
+        write_receipt(self.note, {"key": self.key, "layer": layer, "sha256": digest, "amax": write_amax(amax)})
         self.last = time.monotonic()
 
     def drop(self) -> None:

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import yaml
 
+from builder.files import read_receipt
+
 ROOT = Path(__file__).parents[1]
 STAGES = ("plan", "fetch", "calibrate", "quantize", "assemble", "verify", "perplexity", "lock", "card")
 CHANGES = {"perplexity": None, "executor": "processes", "shards": 2, "serve": None}
@@ -89,7 +91,8 @@ def newest(folder: Path, since: float) -> float:
 
 def stage_of(folder: Path) -> str:
     """The stage a build was in: the first without a receipt."""
-    done = {path.stem for path in (folder / "receipts").glob("*.json")}
+    receipts = {path.stem: read_receipt(path) for path in (folder / "receipts").glob("*.json")}
+    done = {stage for stage, receipt in receipts.items() if receipt and receipt["key"]}
     return next((stage for stage in STAGES if stage not in done), "finished")
 
 

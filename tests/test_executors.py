@@ -327,7 +327,8 @@ def test_ray_gives_up_on_a_job_whose_workers_always_die(ray_address: str) -> Non
 def test_without_an_address_ray_starts_on_this_machine_and_is_gone_afterwards(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     records = make_executor("ray", num_workers=2).run(executor_work.tell_process, [{}])
     ((index, record),) = records

@@ -93,7 +93,7 @@ def test_a_release_is_built_once_and_afterwards_only_what_changed(
     )
     assert (project / "releases" / "tiny.lock.json").is_file()
     assert (artifact / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
-    card, payload = (artifact / "README.md").read_text(), digest_payload(project / "build" / "tiny")
+    payload = digest_payload(project / "build" / "tiny")
 
     again = doit("release:tiny")
     assert (again.code, again.ran) == (0, [])
@@ -109,15 +109,12 @@ def test_a_release_is_built_once_and_afterwards_only_what_changed(
     assert digest_payload(project / "build" / "tiny") == payload
 
     write_release(**{"calibration.samples": 6})
-    resampled = doit("release:tiny")
-    assert resampled.ran == [step for step in STEPS if step != "fetch"]
+    assert doit("assemble:tiny").ran == ["plan", "calibrate", "quantize", "assemble"]
     assert digest_payload(project / "build" / "tiny") != payload
-    assert "lock: the lock is for another release: what.calibration, inputs.num_rows" in resampled.out
 
     write_release()
-    assert doit("release:tiny").code == 0
+    assert doit("assemble:tiny").ran == ["plan", "calibrate", "quantize", "assemble"]
     assert digest_payload(project / "build" / "tiny") == payload
-    assert (artifact / "README.md").read_text() != card, "times have changed"
 
 
 def test_a_second_build_from_nothing_is_the_first_bit_for_bit(
@@ -139,13 +136,76 @@ def test_what_was_deleted_is_made_again_and_no_more(
     doit("release:tiny")
     build = project / "build" / "tiny"
     (build / "artifact" / "config.json").unlink()
-    assert doit("release:tiny").ran == ["assemble", "card"]
+    assert doit("release:tiny").ran == ["assemble", "verify", "card"], "the files are others, so they are read again"
     (build / "artifact" / "README.md").unlink()
     assert doit("release:tiny").ran == ["card"]
-    (build / "receipts" / "verify.json").write_text('{"stage": "ver')  # torn
-    assert doit("release:tiny").ran == ["verify", "card"]
+    (build / "receipts" / "lock.json").write_text('{"stage": "lo')  # torn
+    assert doit("release:tiny").ran == ["lock", "card"]
     (build / "parts" / "model-00001-of-00002.safetensors").unlink()
     assert doit("release:tiny").ran == ["quantize", "card"]
+
+
+def flip_byte(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_an_artifact_that_was_tampered_with_is_not_called_finished(
+    doit: Run, project: Path, write_release: Callable[..., Path]
+) -> None:
+    write_release(**QUICK)
+    doit("release:tiny")
+    build = project / "build" / "tiny"
+    (build / "artifact" / "config.json").write_bytes(
+        (build / "artifact" / "config.json").read_bytes().replace(b'"vocab_size": 2048', b'"vocab_size": 2049')
+    )
+    assert doit("release:tiny").ran == ["assemble", "verify", "card"]
+    weights = "model-00001-of-00002.safetensors"
+    flip_byte(build / "artifact" / weights)  # the same file as in parts/
+    told = doit("release:tiny")
+    assert told.code != 0
+    assert told.err.splitlines()[0] == f"digests: {weights} is not as it was written"
+    shutil.rmtree(build / "artifact")
+    shutil.rmtree(build / "parts")
+    assert doit("assemble:tiny").ran == ["quantize", "assemble"]
+
+
+def test_a_receipt_that_was_altered_is_not_believed(
+    doit: Run, project: Path, write_release: Callable[..., Path]
+) -> None:
+    write_release(perplexity=None)
+    doit("assemble:tiny")
+    payload = digest_payload(project / "build" / "tiny")
+    receipt = project / "build" / "tiny" / "receipts" / "calibrate.json"
+    receipt.write_text(receipt.read_text().replace("0x1.", "0x1.8", 1))
+    assert doit("assemble:tiny").ran == ["calibrate"], "and what came after it holds again"
+    assert digest_payload(project / "build" / "tiny") == payload
+
+
+def test_a_build_that_ended_between_the_artifact_and_its_receipt_is_not_taken_for_the_one_before(
+    doit: Run, project: Path, write_release: Callable[..., Path]
+) -> None:
+    from builder.manifest import load_manifest
+    from builder.stages import STAGES, Workspace, make_key
+    from builder.stages.stage import mark_running
+
+    path = write_release(**QUICK)
+    doit("assemble:tiny")
+    build = project / "build" / "tiny"
+    payload = digest_payload(build)
+    write_release(**QUICK, **{"files.max_bytes": "1MB"})
+    assert doit("quantize:tiny").code == 0
+    workspace = Workspace(load_manifest(path), build)
+    (assemble,) = [stage for stage in STAGES if stage.name == "assemble"]
+    mark_running(workspace, assemble, make_key(workspace, assemble))
+    assemble.run(workspace)  # and then the power fails
+    write_release(**QUICK)
+    assert doit("assemble:tiny").ran == ["plan", "quantize", "assemble"]
+    assert digest_payload(build) == payload
+    assert not (build / "artifact" / "model-00004-of-00004.safetensors").exists()
 
 
 def test_a_new_model_is_a_new_file(doit: Run, project: Path, write_release: Callable[..., Path]) -> None:
@@ -189,6 +249,11 @@ def test_a_release_of_a_hub_model_is_built_from_its_pinned_revision(
 # ------------------------------------------------------------------------------------------------ killed
 
 
+def is_done(build: Path, stage: str) -> bool:
+    receipt = build / "receipts" / f"{stage}.json"
+    return receipt.exists() and bool(json.loads(receipt.read_text())["key"])
+
+
 def run_and_kill(project: Path, env: dict[str, str], is_time: Callable[[], bool]) -> None:
     """Start a build in a process of its own and kill it, with SIGKILL, when the moment has come."""
     command = [sys.executable, "-m", "doit", "release:tiny"]
@@ -221,8 +286,8 @@ def test_a_build_killed_in_the_middle_goes_on_to_the_same_bytes(
         return any((build / "parts").glob("*.journal"))  # a layer is done
 
     run_and_kill(project, env, in_calibrate if moment == "calibrate" else in_quantize)
-    assert (build / "receipts" / "calibrate.json").exists() == (moment == "quantize")
-    assert not (build / "receipts" / "quantize.json").exists()
+    assert is_done(build, "calibrate") == (moment == "quantize")
+    assert not is_done(build, "quantize")
     monkeypatch.setenv("EXECUTOR", "in_process")
     resumed = doit("assemble:tiny")
     assert resumed.code == 0
@@ -370,7 +435,7 @@ model-00002-of-00002.safetensors has 1000000 bytes, but its header needs 3412032
   fix: the file is truncated or damaged: fetch it again
 """,
     "NaN": """\
-there is a NaN in the weight of model.layers.1.mlp.down_proj
+there is a NaN or an infinity in the weight of model.layers.1.mlp.down_proj
   in model.layers.1.mlp.down_proj
   fix: fetch the base model again, or use a sound one
 """,
@@ -433,7 +498,7 @@ def test_a_mistake_is_told_in_three_lines_and_leaves_nothing_half_written(
     path = write_release(**changes)
     damage(path)
     told = doit("release:tiny")
-    assert told.code == 1
+    assert told.code != 0
     assert told.err.replace(str(project), "PROJECT") == MISTAKES[mistake]
     artifact = project / "build" / "tiny" / "artifact"
     assert not artifact.exists()
@@ -448,7 +513,7 @@ def test_ray_at_an_address_that_does_not_answer_is_told_soon(
     started = time.monotonic()
     told = doit("release:tiny")
     assert time.monotonic() - started < 30
-    assert told.code == 1
+    assert told.code != 0
     assert (
         told.err
         == """\
@@ -465,7 +530,7 @@ def test_a_misspelled_task_gets_the_nearest_name(doit: Run, write_release: Calla
         doit("release:tyni").err
         == """\
 ERROR: there is no task release:tyni
-  in releases
+  in the command line
   fix: did you mean release:tiny? Valid: release:tiny
 """
     )
@@ -489,7 +554,7 @@ def test_one_broken_manifest_does_not_keep_another_release_from_building(
     broken = write_release("broken", shard=2)
     assert doit("release:good").code == 0
     told = doit("release:broken")
-    assert told.code == 1 and "unknown key" in told.err
+    assert told.code != 0 and "unknown key" in told.err
     assert re.search(r"^release:broken +cannot be read: ", doit("list").out, flags=re.M)
     broken.unlink()
 
@@ -544,7 +609,7 @@ def test_a_second_build_of_the_same_release_says_who_is_at_it(
     path = write_release(**QUICK)
     with hold(Workspace(load_manifest(path), project / "build" / "tiny")):
         told = doit("release:tiny")
-    assert told.code == 1
+    assert told.code != 0
     assert told.err.splitlines()[0] == f"tiny is being built already, by process {os.getpid()}"
 
 
@@ -560,14 +625,14 @@ def test_a_full_disk_is_told_and_what_was_done_is_kept(
         pytest.skip("this machine does not let tests mount a tmpfs")
     try:
         told = doit("release:tiny")
-        assert told.code == 1
+        assert told.code != 0
         assert told.err.splitlines()[0].startswith("the build needs 0.00") and " are free" in told.err.splitlines()[0]
         subprocess.run(["mount", "-o", "remount,size=64m", str(build)], check=True)
         assert doit("quantize:tiny").code == 0
         (build / "filler").write_bytes(b"\0" * (1 << 20))
         subprocess.run(["mount", "-o", f"remount,size={used(build) + 100_000}", str(build)], check=True)
         told = doit("assemble:tiny")
-        assert told.code == 1
+        assert told.code != 0
         assert told.err.endswith(
             """\
   in build/tiny/draft

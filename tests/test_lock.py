@@ -154,7 +154,7 @@ def test_another_scheme_replaces_the_lock(write_release: Callable[..., Path], tm
     write_release(**UNIT, **{"scheme.layout": "modelopt"})
     outcome = lock_release(manifest, tmp_path / "build")
     assert outcome.circumstances["verdict"] == "replaced"
-    assert outcome.lines == ("lock: the lock is for another release: what.fixes, what.scheme changed",)
+    assert outcome.lines == ("lock: written anew, for what.fixes, what.scheme changed since the last one",)
     after = read_lock(path)
     assert before and after and before["payload_sha256"] != after["payload_sha256"]
     assert after["what"]["scheme"][0]["layout"] == "modelopt"
@@ -167,7 +167,7 @@ def test_another_licence_text_is_another_input(write_release: Callable[..., Path
     lock_release(manifest, tmp_path / "build")
     (manifest.parent / "psf.txt").write_text("another")
     outcome = lock_release(manifest, tmp_path / "build")
-    assert outcome.lines == ("lock: the lock is for another release: inputs.license_files changed",)
+    assert outcome.lines == ("lock: written anew, for inputs.license_files changed since the last one",)
 
 
 def test_a_payload_that_is_not_the_locked_one_stops_the_build(
@@ -246,13 +246,13 @@ def test_a_manifest_that_changed_is_written_even_if_the_payload_stays(locked: di
     """Else the lock would speak of a manifest that is no more, and a payload that changes later would go unnoticed."""
     new = change(locked, what={"scheme": [{"name": "nvfp4"}], "files": {"packing": "balanced"}})
     comparison = compare_lock(locked, new, PATH)
-    assert comparison == Comparison("replaced", "the lock is for another release: what.files changed")
+    assert comparison == Comparison("replaced", "written anew, for what.files changed since the last one")
 
 
 def test_every_changed_input_is_named(locked: dict[str, Any]) -> None:
     new = change(locked, "a.safetensors", inputs={"base": {}, "calibration_sha256": "x"})
     assert compare_lock(locked, new, PATH).text == (
-        "the lock is for another release: inputs.base, inputs.calibration_sha256, inputs.num_rows changed"
+        "written anew, for inputs.base, inputs.calibration_sha256, inputs.num_rows changed since the last one"
     )
 
 

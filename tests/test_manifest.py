@@ -429,8 +429,7 @@ scheme must be a list that is not empty, not []
     ("{name: nvfp4}", "{nmae: nvfp4}"): """\
 scheme lacks the key name
   in releases/tiny.yaml:5:1: scheme
-  fix: add for example name: nvfp4. How weights and activations are quantized: nvfp4, nvfp4a16, fp8_dynamic, \
-w8a8 or w4a16
+  fix: add for example name: nvfp4. How weights and activations are quantized
 unknown key scheme.nmae
   in releases/tiny.yaml:5:16: scheme.nmae: nvfp4
   fix: did you mean name? Valid: block_scale_floor, ignore, input_scale, layout, match, name""",

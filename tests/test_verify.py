@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -417,7 +418,8 @@ Copier = Callable[[str], tuple[Path, Path, dict[str, Any]]]
 def test_what_the_reference_library_exports_has_no_finding_and_every_check_looked_at_something(
     releases: Path, layout: str
 ) -> None:
-    report = verify_artifact(releases / layout, releases / "base", plan_of(releases / layout, layout), whole_model=True)
+    expected = plan_of(releases / layout, layout) | {"payload": record(releases / layout)}
+    report = verify_artifact(releases / layout, releases / "base", expected, whole_model=True)
     assert report.findings == ()
     assert set(report.checks) == set(CHECKS)
     assert all(number > 0 for number in report.checks.values()), report.checks
@@ -462,8 +464,51 @@ def test_a_forward_shows_an_input_scale_that_no_rule_about_numbers_can_tell(copy
 
 
 def test_every_check_is_shown_to_fail() -> None:
-    shown = {check for _, _, checks in DAMAGE.values() for check in checks} | {"reference", "loading"}
+    shown = {check for _, _, checks in DAMAGE.values() for check in checks} | {"reference", "loading", "digests"}
     assert shown == set(CHECKS)
+
+
+def record(artifact: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in artifact.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00001-of-00002.safetensors", "config.json"])
+def test_a_file_that_is_not_as_it_was_recorded_is_found_by_its_digest(copy_of: Copier, name: str) -> None:
+    artifact, base, expected = copy_of("compressed-tensors")
+    expected |= {"payload": record(artifact), "beside": ["README.md"]}
+    (artifact / "README.md").write_text("the card is no part of the payload")
+    assert verify_artifact(artifact, base, expected, sample=0, whole_model=False).findings == ()
+    content = bytearray((artifact / name).read_bytes())
+    content[-2] ^= 1
+    (artifact / name).write_bytes(content)
+    found = verify_artifact(artifact, base, expected, sample=0, whole_model=False).errors
+    assert ("digests", f"{name} is not as it was written") in {(finding.check, finding.what) for finding in found}
+
+
+def test_files_that_are_missing_or_foreign_are_found(copy_of: Copier) -> None:
+    artifact, base, expected = copy_of("compressed-tensors")
+    expected |= {"payload": record(artifact) | {"LICENSE": "0" * 64}}
+    (artifact / "adapter_config.json").write_text("{}")
+    found = verify_artifact(artifact, base, expected, sample=0, whole_model=False).errors
+    assert {(finding.check, finding.what) for finding in found} == {
+        ("digests", "LICENSE is missing"),
+        ("digests", "adapter_config.json is no file of this release"),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_input_scales_are_those_that_were_measured_to_the_last_bit(copy_of: Copier, layout: str) -> None:
+    artifact, base, expected = copy_of(layout)
+    suffix = "input_scale" if layout == "modelopt" else "input_global_scale"
+    tensors = {name: value for file in artifact.glob("*.safetensors") for name, value in load_file(file).items()}
+    scales = {module: tensors[f"{module}.{suffix}"].item() for module in expected["quantized"]}
+    measured = {module: scale * 2688 if layout == "modelopt" else 2688 / scale for module, scale in scales.items()}
+    amax = {module: float(torch.tensor(value).to(torch.bfloat16)).hex() for module, value in measured.items()}
+    expected |= {"input_amax": amax}
+    assert verify_artifact(artifact, base, expected, sample=0, whole_model=False).findings == ()
+    scale_floats(f"1.mlp.down_proj.{suffix}", lambda value, _: value * (1 + 2**-20))(artifact)
+    found = verify_artifact(artifact, base, expected, sample=0, whole_model=False).errors
+    assert {(finding.check, finding.where) for finding in found} == {("input scales", f"{DOWN}.{suffix}")}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

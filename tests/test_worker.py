@@ -247,6 +247,17 @@ def test_calibrating_goes_on_from_saved_hidden_states(
     assert [path.name for path in workspace.calibration.iterdir()] == ["block-00000.json"], "states are dropped"
 
 
+def test_blocks_of_rows_measured_for_another_number_of_shards_are_not_taken_for_these(
+    write_release: Callable[..., Path], tmp_path: Path
+) -> None:
+    undisturbed = build(write_release(shards=1), tmp_path / "undisturbed", "calibrate").facts("calibrate")["amax"]
+    workspace = build(write_release(shards=4), tmp_path / "build", "calibrate")
+    workspace.receipt_path("calibrate").unlink()
+    for block in (1, 2, 3):  # as if the build had been killed after the first
+        (workspace.calibration / f"block-{block:05d}.json").unlink()
+    assert build(write_release(shards=1), tmp_path / "build", "calibrate").facts("calibrate")["amax"] == undisturbed
+
+
 def test_a_weight_that_is_not_a_number_stops_the_build_by_name(
     write_release: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -254,7 +265,7 @@ def test_a_weight_that_is_not_a_number_stops_the_build_by_name(
     damage_tensor(path.parent / "base", "model.layers.2.mlp.up_proj.weight", float("nan"))
     with pytest.raises(CalibrationError) as caught:
         build(path, tmp_path / "build")
-    assert caught.value.what == "there is a NaN in the weight of model.layers.2.mlp.up_proj"
+    assert caught.value.what == "there is a NaN or an infinity in the weight of model.layers.2.mlp.up_proj"
     assert not (tmp_path / "build" / "artifact").exists()
 
 

@@ -225,7 +225,7 @@ def name_failures(quantizer: Any, linear: str, kind: str) -> None:
         try:
             collect(values)
         except AssertionError as error:
-            what = f"there is a NaN in the {kind} of {linear}"
+            what = f"there is a NaN or an infinity in the {kind} of {linear}"
             raise CalibrationError(what, linear, "fetch the base model again, or use a sound one") from error
 
     quantizer._calibrator.collect = collect_or_name

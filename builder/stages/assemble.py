@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from builder import lock
-from builder.base import INDEX, list_base_files
+from builder.base import INDEX, identify_file, list_base_files
 from builder.errors import BuildError
-from builder.files import read_json, sync_folder, write_atomic, write_json
+from builder.files import read_json, sha256_file, sync_folder, write_atomic, write_json
 from builder.plan import Plan
 from builder.schemes import Scheme, bind_scheme
 from builder.stages.plan import make_plan
@@ -21,6 +21,7 @@ from builder.stages.workspace import Workspace
 
 def read(workspace: Workspace) -> Any:
     from builder.fixes import bind_fixes
+    from builder.render import name_base
 
     release = workspace.manifest.release
     texts = {name: workspace.digest_file(path) for name, path in release.base.license_files.items()}
@@ -29,8 +30,7 @@ def read(workspace: Workspace) -> Any:
         "fixes": [fix.name for fix in bind_fixes(workspace.manifest)],
         "licenses": release.base.licenses,
         "license_files": texts,
-        "model": release.base.model,
-        "title": None if release.base.model else release.base.path,
+        "base_name": name_base(release),
         "compatibility": release.compatibility.model_dump(mode="json"),
         "versions": lock.list_versions()["compressed-tensors"],
     }
@@ -67,7 +67,11 @@ def run(workspace: Workspace) -> Outcome:
         "payload_sha256": lock.digest_payload(payload),
         "fixes": [asdict(record) for record in records],
     }
-    return Outcome(facts, {})
+    warnings = gather_obligations(workspace, base).warnings
+    identities = {name: identify_file(workspace.artifact / name) for name in payload}
+    return Outcome(
+        facts, {"identities": identities}, tuple(f"warning ({warning.id}): {warning.text}" for warning in warnings)
+    )
 
 
 def splice_files(workspace: Workspace, plan: Plan) -> dict[str, str]:
@@ -158,11 +162,15 @@ def compare_with_plan(plan: Plan, draft: Path) -> None:
 
 
 def is_intact(workspace: Workspace) -> bool:
-    payload = workspace.facts("assemble")["payload"]
-    return all(
-        (workspace.artifact / name).is_file() and (workspace.artifact / name).stat().st_size == entry["num_bytes"]
-        for name, entry in payload.items()
-    )
+    """Whether the payload's files are those that were put there; one that was touched is read again."""
+    payload, identities = workspace.facts("assemble")["payload"], workspace.circumstances("assemble")["identities"]
+    for name, entry in payload.items():
+        path = workspace.artifact / name
+        if not path.is_file():
+            return False
+        if identify_file(path) != identities[name] and sha256_file(path) != entry["sha256"]:
+            return False
+    return True
 
 
 STAGE = Stage("assemble", "put files together, apply fixes", read, run, is_intact)

@@ -39,27 +39,31 @@ def read(workspace: Workspace) -> Any:
 def run(workspace: Workspace) -> Outcome:
     scheme = bind_scheme(workspace.manifest)
     if not scheme.measures_inputs:
-        return Outcome({"rows": None, "amax": {}, "machine_classes": []}, {"health": []})
-    from builder.calibration import choose_rows
+        return Outcome(
+            {"rows": None, "amax": {}, "machine_classes": []},
+            {"health": [], "skipped": "the scheme needs no statistics of activations"},
+        )
+    from builder.calibration import Rows, choose_rows
     from builder.worker import merge_amax, read_amax, write_amax
 
     plan = make_plan(workspace, workspace.base_folder())
     folder = workspace.base_folder()
     rows = choose_rows(workspace.manifest, folder)
-    key = digest({"stage": "calibrate", "builder": BUILDER, "rows": rows.digest, "reads": read(workspace)})
+    reads = read(workspace)
     num_blocks = min(len(plan.shards), len(rows.tokens))
     ignored = set(plan.ignore)
     shared = common_job(workspace, folder) | {
         "folder": str(workspace.calibration),
-        "key": key,
         "save_every_s": SAVE_STATES_EVERY_S,
         "linears": [[name for name in layer.linears if name not in ignored] for layer in plan.architecture.layers],
     }
-    blocks = [rows.tokens[block::num_blocks] for block in range(num_blocks)]
-    jobs = [
-        shared | {"block": block, "num_blocks": num_blocks, "rows": [list(row) for row in own]}
-        for block, own in enumerate(blocks)
-    ]
+    jobs = []
+    for block in range(num_blocks):
+        own = Rows(rows.tokens[block::num_blocks])
+        key = digest({"measured": BUILDER, "rows": own.digest, "reads": reads})  # a block of other rows is another
+        jobs.append(
+            shared | {"block": block, "num_blocks": num_blocks, "key": key, "rows": [list(row) for row in own.tokens]}
+        )
     records = run_jobs(workspace, "builder.worker:measure_rows", jobs)
     amax = merge_amax([read_amax(record["amax"]) for record in records])
     health = check_health(plan, amax)

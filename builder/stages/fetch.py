@@ -11,6 +11,8 @@ from builder.errors import BuildError
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
 
+LARGE = 1 << 30
+
 
 def read(workspace: Workspace) -> Any:
     base = locate_base(workspace.manifest)
@@ -22,7 +24,7 @@ def read(workspace: Workspace) -> Any:
 def run(workspace: Workspace) -> Outcome:
     known = workspace.circumstances("fetch").get("files", {})
     folder = fetch_base(workspace.manifest)
-    files = dict(hash_files(folder, known))
+    files = dict(hash_files(folder, known, tell_large))
     facts = {name: {"sha256": entry["sha256"], "num_bytes": entry["num_bytes"]} for name, entry in files.items()}
     compare_inputs(workspace, facts)
     changed = sorted(
@@ -36,18 +38,27 @@ def run(workspace: Workspace) -> Outcome:
     )
 
 
+def tell_large(name: str, num_bytes: int) -> None:
+    """Say what is being read where that takes a while."""
+    if num_bytes > LARGE:
+        print(f"  reading {name} ({num_bytes / 1e9:.1f} GB) for its digest", flush=True)
+
+
 def compare_inputs(workspace: Workspace, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse a base that differs from the locked one, before any work. Raises BuildError naming the file."""
     locked = lock.read_lock(workspace.lock_path)
-    if locked is None or locked["what"]["base"] != lock.describe_what(workspace.manifest)["base"]:
+    if locked is None:
+        return
+    was, now = locked["what"]["base"], lock.describe_what(workspace.manifest)["base"]
+    if lock.without_places("base", was) != lock.without_places("base", now):
         return
     wanted = locked["inputs"]["base"]
     for name in sorted(wanted.keys() | files.keys()):
         if name not in files or name not in wanted or files[name]["sha256"] != wanted[name]["sha256"]:
-            was = wanted[name]["sha256"][:12] if name in wanted else "absent"
+            locked_sha = wanted[name]["sha256"][:12] if name in wanted else "absent"
             found = files[name]["sha256"][:12] if name in files else "absent"
             raise BuildError(
-                f"{name} of the base model is not the locked one (sha256 {found}, locked {was})",
+                f"{name} of the base model is not the locked one (sha256 {found}, locked {locked_sha})",
                 str(workspace.lock_path),
                 f"restore {name}; or delete the lock to release from the base as it is now",
             )

@@ -25,15 +25,17 @@ def read(workspace: Workspace) -> Any:
 def run(workspace: Workspace) -> Outcome:
     manifest = workspace.manifest
     if manifest.release.perplexity is None:
-        return Outcome({"measured": False}, {})
+        return Outcome({"measured": False}, {"skipped": "the manifest gives no held-out text"})
     from builder.perplexity import LONGEST_WINDOW, measure_perplexity, open_artifact, open_base, split_text
 
     device, base = choose_device(manifest), workspace.base_folder()
-    longest = min(LONGEST_WINDOW, workspace.facts("plan")["numbers"].get("max_position_embeddings", LONGEST_WINDOW))
+    context = workspace.facts("plan")["numbers"].get("max_position_embeddings")
+    longest = min(LONGEST_WINDOW, context or LONGEST_WINDOW)
     text = manifest.resolve(manifest.release.perplexity.path)
     windows = split_text(text, base, longest, manifest.where("perplexity", "path"))
-    of_base = measure_perplexity(open_base(base, device), windows)
-    of_artifact = measure_perplexity(open_artifact(workspace.artifact, read_layout(workspace), device), windows)
+    of_base = measure_perplexity(open_base(base, device), windows, "perplexity of the base")
+    artifact = open_artifact(workspace.artifact, read_layout(workspace), device)
+    of_artifact = measure_perplexity(artifact, windows, "perplexity of the artifact")
     facts = {
         "measured": True,
         "base": of_base,

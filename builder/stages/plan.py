@@ -16,7 +16,9 @@ from builder.base import (
     read_config,
     read_tensors,
 )
+from builder.calibration import read_texts
 from builder.errors import BuildError, ManifestError, Problems, nearest
+from builder.manifest import Manifest
 from builder.plan import Plan, plan_release
 from builder.schemes import bind_scheme
 from builder.stages.jobs import name_executor
@@ -36,8 +38,13 @@ def read(workspace: Workspace) -> Any:
         "executor": name_executor(workspace),
         "files": release.files.model_dump(mode="json"),
         "calibration": release.calibration and release.calibration.model_dump(mode="json"),
+        "data": release.calibration and release.calibration.path and workspace.digest_file(release.calibration.path),
+        "perplexity": release.perplexity and workspace.digest_file(release.perplexity.path),
         "fixes": release.fixes,
         "repo": release.repo,
+        "serve": release.serve and release.serve.model_dump(mode="json"),
+        "llama_swap": release.llama_swap.model_dump(mode="json"),
+        "acknowledge": release.base.acknowledge,
         "device": release.device,
     }
 
@@ -77,6 +84,7 @@ def bind_names(workspace: Workspace) -> None:
         lambda: bind_licenses(
             base.licenses, acknowledged=base.acknowledge, license_files=license_files, where=manifest.where
         ),
+        lambda: bind_serving(manifest),
     ):
         try:
             bind()
@@ -86,6 +94,14 @@ def bind_names(workspace: Workspace) -> None:
             problems.append(error)
     if problems:
         raise problems[0] if len(problems) == 1 else Problems(problems)
+
+
+def bind_serving(manifest: Manifest) -> None:
+    """Refuse a serve profile that would not arrive as it is written."""
+    from builder.render import describe_serving
+
+    if manifest.release.serve:
+        describe_serving(manifest, manifest.release.serve, None)
 
 
 def bind_executor(workspace: Workspace) -> None:
@@ -98,8 +114,45 @@ def bind_executor(workspace: Workspace) -> None:
         raise ManifestError(f"unknown executor: {name}", where, nearest(name, EXECUTORS))
 
 
+def check_inputs(workspace: Workspace, plan: Plan) -> None:
+    """Refuse data that a later stage would miss. Raises ManifestError, CalibrationError, or Problems with several."""
+    manifest = workspace.manifest
+    calibration, perplexity = manifest.release.calibration, manifest.release.perplexity
+    context = plan.architecture.facts.get("max_position_embeddings")
+    problems: list[BuildError] = []
+    if perplexity and not manifest.resolve(perplexity.path).is_file():
+        what = f"no such file: {manifest.resolve(perplexity.path)}"
+        where = manifest.where("perplexity", "path")
+        problems.append(ManifestError(what, where, "give a text file relative to the manifest, or leave it out"))
+    if calibration and plan.measures_inputs:
+        if context and calibration.tokens[1] > context:
+            what = f"calibration rows of up to {calibration.tokens[1]} tokens, but the model was made for {context}"
+            problems.append(ManifestError(what, manifest.where("calibration", "tokens"), f"use {context} at most"))
+        if calibration.path:
+            try:
+                read_texts(manifest, calibration, manifest.where("calibration", "path"))
+            except BuildError as error:
+                problems.append(error)
+    if problems:
+        raise problems[0] if len(problems) == 1 else Problems(problems)
+
+
+def warn_of_names(workspace: Workspace) -> tuple[str, ...]:
+    """What the licences say of the release's name, unless the publisher has acknowledged it."""
+    from builder.licenses import LICENSES, name_warnings
+
+    base = workspace.manifest.release.base
+    warnings = name_warnings([LICENSES[name] for name in base.licenses], workspace.manifest.release.repo)
+    return tuple(
+        f"warning ({warning.id}): {warning.text}; acknowledge it in base.acknowledge"
+        for warning in warnings
+        if warning.id not in base.acknowledge
+    )
+
+
 def run(workspace: Workspace) -> Outcome:
     plan = make_plan(workspace)
+    check_inputs(workspace, plan)
     needed, free = measure_disk(workspace, plan)
     if needed > free:
         raise BuildError(
@@ -114,7 +167,7 @@ def run(workspace: Workspace) -> Outcome:
         "disk_needed": needed,
         "disk_free": free,
     }
-    return Outcome(plan.facts(), circumstances)
+    return Outcome(plan.facts(), circumstances, warn_of_names(workspace))
 
 
 def measure_disk(workspace: Workspace, plan: Plan) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import BuildError
-from builder.files import digest, write_json
+from builder.files import digest, write_receipt
 from builder.stages.workspace import NotYetError, Workspace
 
 BUILDER = "1"  # raise it when a change of code changes what a stage yields
@@ -65,6 +65,7 @@ def run_stage(workspace: Workspace, stage: Stage) -> tuple[str, ...]:
     started, clock = datetime.now(UTC), time.monotonic()
     sweep(workspace)
     key = make_key(workspace, stage)
+    resumed = mark_running(workspace, stage, key)
     outcome = stage.run(workspace)
     circumstances = {
         "started": started.isoformat(timespec="seconds"),
@@ -72,6 +73,7 @@ def run_stage(workspace: Workspace, stage: Stage) -> tuple[str, ...]:
         "seconds": round(time.monotonic() - clock, 3),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "machine": describe_host(),
+        "resumed": resumed,
     }
     receipt = {
         "stage": stage.name,
@@ -79,8 +81,19 @@ def run_stage(workspace: Workspace, stage: Stage) -> tuple[str, ...]:
         "facts": dict(outcome.facts),
         "circumstances": circumstances | dict(outcome.circumstances),
     }
-    write_json(workspace.receipt_path(stage.name), receipt)
+    write_receipt(workspace.receipt_path(stage.name), receipt)
     return outcome.lines
+
+
+def mark_running(workspace: Workspace, stage: Stage, key: str) -> bool:
+    """Withdraw the stage's receipt, for what it vouches for is about to change; its circumstances stay readable.
+
+    Returns whether an earlier run of the same work did not come to its end.
+    """
+    before = workspace.receipt(stage.name) or {"facts": {}, "circumstances": {}}
+    resumed = before.get("running") == key
+    write_receipt(workspace.receipt_path(stage.name), {**before, "stage": stage.name, "key": "", "running": key})
+    return resumed
 
 
 def sweep(workspace: Workspace) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from builder.base import identify_file
 from builder.errors import Problems, VerifyError
+from builder.render import CARD_FILES
 from builder.stages.stage import Outcome, Stage, keep_nothing
 from builder.stages.workspace import Workspace
 
@@ -15,6 +17,7 @@ SAMPLE = 8
 def read(workspace: Workspace) -> Any:
     return {
         "payload": workspace.facts("assemble")["payload"],
+        "files": {name: identify_file(workspace.artifact / name) for name in workspace.facts("assemble")["payload"]},
         "base": workspace.facts("fetch")["files"],
         "scheme": [spec.model_dump(mode="json") for spec in workspace.manifest.release.scheme],
     }
@@ -38,6 +41,11 @@ def run(workspace: Workspace) -> Outcome:
         "fused": plan["fused"],
         "ignore": plan["ignore"],
         "unused": plan["unused"],
+        "payload": {name: entry["sha256"] for name, entry in workspace.facts("assemble")["payload"].items()},
+        "beside": list(CARD_FILES),
+        "input_amax": {
+            linear: kinds["input"] for linear, kinds in workspace.facts("calibrate")["amax"].items() if "input" in kinds
+        },
         "generation_config": "copied",
     }
     report = verify_artifact(workspace.artifact, workspace.base_folder(), expected, sample=SAMPLE)

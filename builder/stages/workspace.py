@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.files import read_json, sha256_file
+from builder.files import read_receipt, sha256_file
 from builder.manifest import Manifest
 
 
@@ -45,15 +45,14 @@ class Workspace:
         return self.receipts / f"{stage}.json"
 
     def receipt(self, stage: str) -> dict[str, Any] | None:
-        """A stage's receipt; None if it is missing or torn."""
-        found = read_json(self.receipt_path(stage))
-        whole = isinstance(found, dict) and {"stage", "key", "facts", "circumstances"} <= found.keys()
-        return found if whole and found["stage"] == stage else None
+        """A stage's receipt; None if it is missing, torn or altered."""
+        found = read_receipt(self.receipt_path(stage))
+        return found if found and found["stage"] == stage else None
 
     def facts(self, stage: str) -> dict[str, Any]:
         """What an earlier stage established. Raises NotYetError if it has not run."""
         receipt = self.receipt(stage)
-        if receipt is None:
+        if receipt is None or not receipt["key"]:
             raise NotYetError(stage)
         facts: dict[str, Any] = receipt["facts"]
         return facts
