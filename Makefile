@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 WORKERS ?= 2
+SIZE ?= 0.5
 
 .PHONY: setup demo test check bench crash clean
 .DEFAULT_GOAL := setup
@@ -31,6 +32,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/benchmarks/packing.py
+	$(BIN)/python tests/benchmarks/build.py $(SIZE)
 
 crash: setup
 	$(BIN)/python tests/crash.py 50

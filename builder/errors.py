@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class BuildError(Exception):
@@ -63,6 +63,12 @@ class Problems(BuildError):
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
+
+
+def raise_all(problems: Sequence[BuildError]) -> None:
+    """Raise what was found: nothing for none, the problem itself for one, Problems for several."""
+    if problems:
+        raise problems[0] if len(problems) == 1 else Problems(problems)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

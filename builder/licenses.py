@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from builder.errors import BuildError, ManifestError, Problems, nearest
+from builder.errors import BuildError, ManifestError, nearest, raise_all
 
 T = TypeVar("T")
 SHIPPED_TEXTS = Path(__file__).parent / "license_texts"
@@ -364,8 +364,7 @@ def bind_licenses(
                     f"put the text of {id} there, or correct the path",
                 )
             )
-    if problems:
-        raise problems[0] if len(problems) == 1 else Problems(problems)
+    raise_all(problems)
     return tuple(LICENSES[id] for id in unique(licenses))
 
 
@@ -418,8 +417,7 @@ def choose_texts(
                     f"save the text beside the manifest and declare it: license_files: {{{license.id}: path}}",
                 )
             )
-    if problems:
-        raise problems[0] if len(problems) == 1 else Problems(problems)
+    raise_all(problems)
     texts = [
         Text(name="LICENSE" if place == 0 else f"LICENSE.{id}", path=path)
         for place, (id, path) in enumerate(chosen.items())

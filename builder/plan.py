@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from builder.base import DTYPE_BYTES, Stored, Tensor
-from builder.errors import BuildError, ManifestError, Problems
+from builder.errors import BuildError, ManifestError, raise_all
 from builder.families import Architecture, Layer
 from builder.manifest import Manifest
 from builder.schemes import Scheme
@@ -256,8 +256,7 @@ def resolve_ignore(manifest: Manifest, architecture: Architecture) -> set[str]:
     if ignored.issuperset(inside):
         where = manifest.where("scheme", "ignore")
         problems.append(ManifestError("every linear is ignored: nothing is left to quantize", where, "ignore fewer"))
-    if problems:
-        raise problems[0] if len(problems) == 1 else Problems(problems)
+    raise_all(problems)
     return ignored
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jsonschema
 import yaml
 
-from builder.errors import BuildError, ManifestError, Problems
+from builder.errors import BuildError, ManifestError, raise_all
 from builder.manifest import LlamaSwap, Serve
 
 LLAMA_SWAP_SCHEMA = Path(__file__).parent / "data" / "llama-swap-config-schema.json"
@@ -124,9 +124,7 @@ def llama_swap_yaml(config: Mapping[str, Any]) -> str:
 
 def check_llama_swap(config: Mapping[str, Any], *, where: str = "llama-swap.yaml") -> None:
     """Refuse what llama-swap v250 would: by its JSON schema first, then by its loader's stricter rules."""
-    problems = [*schema_problems(config, where)] or [*loader_problems(config, where)]
-    if problems:
-        raise problems[0] if len(problems) == 1 else Problems(problems)
+    raise_all([*schema_problems(config, where)] or [*loader_problems(config, where)])
 
 
 def schema_problems(config: Mapping[str, Any], where: str) -> Iterator[BuildError]:

@@ -11,27 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build
 from safetensors.torch import load_file
 
 from builder.base import open_checkpoint
 from builder.calibration import choose_rows
 from builder.errors import BaseError, CalibrationError, LayoutError
 from builder.manifest import Manifest, load_manifest
-from builder.stages import STAGES, Workspace, run_stage
+from builder.stages import Workspace
 from builder.worker import measure_rows, merge_amax, quantize_layers, read_amax, write_amax
 
 pytestmark = pytest.mark.xdist_group("modelopt")
 RENAMED = {"weight_packed": "weight", "weight_global_scale": "weight_scale_2", "input_global_scale": "input_scale"}
-
-
-def build(manifest: Path, folder: Path, last: str = "assemble") -> Workspace:
-    """Run the stages of a release up to `last`, in this process."""
-    workspace = Workspace(load_manifest(manifest), folder)
-    for stage in STAGES:
-        run_stage(workspace, stage)
-        if stage.name == last:
-            return workspace
-    raise AssertionError(last)
 
 
 def read_tensors(artifact: Path) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from builder.artifact import Draft
-from builder.errors import BuildError, ManifestError, Problems, nearest
+from builder.errors import BuildError, ManifestError, nearest, raise_all
 from builder.fixes import (
     dynamic_input_activations,
     gather_parts,
@@ -90,8 +90,7 @@ def bind_fixes(manifest: Manifest) -> tuple[Fix, ...]:
             what = f"{name} is not for {scheme.input_scale} input scales"
             remedy = f"remove it; it is for scheme.input_scale: {' or '.join(fix.input_scales)}"
             problems.append(ManifestError(what, where, remedy))
-    if problems:
-        raise problems[0] if len(problems) == 1 else Problems(problems)
+    raise_all(problems)
     return tuple(FIXES[name] for name in names)
 
 

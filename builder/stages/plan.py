@@ -17,7 +17,7 @@ from builder.base import (
     read_tensors,
 )
 from builder.calibration import read_texts
-from builder.errors import BuildError, ManifestError, Problems, nearest
+from builder.errors import BuildError, ManifestError, Problems, nearest, raise_all
 from builder.manifest import Manifest
 from builder.plan import Plan, plan_release
 from builder.schemes import bind_scheme
@@ -92,8 +92,7 @@ def bind_names(workspace: Workspace) -> None:
             problems += several.problems
         except BuildError as error:
             problems.append(error)
-    if problems:
-        raise problems[0] if len(problems) == 1 else Problems(problems)
+    raise_all(problems)
 
 
 def bind_serving(manifest: Manifest) -> None:
@@ -133,8 +132,7 @@ def check_inputs(workspace: Workspace, plan: Plan) -> None:
                 read_texts(manifest, calibration, manifest.where("calibration", "path"))
             except BuildError as error:
                 problems.append(error)
-    if problems:
-        raise problems[0] if len(problems) == 1 else Problems(problems)
+    raise_all(problems)
 
 
 def warn_of_names(workspace: Workspace) -> tuple[str, ...]:
