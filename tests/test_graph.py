@@ -535,6 +535,7 @@ ERROR: there is no task release:tyni
 """
     )
     assert "did you mean release:tiny?" in doit("relase:tiny").err
+    assert "did you mean release:tiny?" in doit("tiny").err
 
 
 def test_names_that_lead_out_of_the_folder_are_no_tasks(
@@ -556,7 +557,10 @@ def test_one_broken_manifest_does_not_keep_another_release_from_building(
     told = doit("release:broken")
     assert told.code != 0 and "unknown key" in told.err
     assert re.search(r"^release:broken +cannot be read: ", doit("list").out, flags=re.M)
-    broken.unlink()
+    assert "unknown key shard" in doit("plan:broken").err
+    broken.rename(broken.with_suffix(".yml"))
+    assert "fix: rename it to broken.yaml" in doit("release:broken").err
+    assert doit("release:broken", "plan:good").ran == ["plan"], "one that fails does not keep the other from going on"
 
 
 def test_bare_doit_lists_releases_and_builds_nothing(
