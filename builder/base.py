@@ -142,6 +142,13 @@ class Checkpoint:
         loaded: torch.Tensor = self._handles[file].get_tensor(name)
         return loaded
 
+    def unmap(self) -> None:
+        """Let go of the mapped files: the pages that were read stop counting as this process's memory.
+
+        Tensors that are still held keep their own files mapped.
+        """
+        self._handles.clear()
+
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:
     """config.json of a model that transformers can build without code of its own."""

@@ -132,6 +132,7 @@ class LayerStream:
             yield layer
         finally:
             layer.to("meta")
+            self.checkpoint.unmap()
 
     @torch.inference_mode()
     def run_layer(self, layer: torch.nn.Module, index: int, row: Row) -> None:

@@ -222,6 +222,8 @@ def quantize_layers(job: dict[str, Any]) -> dict[str, Any]:
                     write_unit(piece, pieces, tensors, key)
                 for name in missing:
                     writers[name].add_unit(unit.name, tensors)
+                del tensors
+                checkpoint.unmap()
             else:
                 skipped += 1
             for name in waiting:
