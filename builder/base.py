@@ -7,7 +7,6 @@ import math
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -127,10 +126,6 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @cached_property
-    def weight_files(self) -> tuple[str, ...]:
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor, mapped from its file: its pages are read when they are used. Not to be written to."""
