@@ -6,7 +6,7 @@ READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | sha256sum |
 WORKERS ?= 2
 SIZE ?= 0.5
 
-.PHONY: setup demo test check bench crash clean
+.PHONY: setup demo test test-gpu check bench cluster crash clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -23,6 +23,13 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup
 
+test-gpu: setup
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python -m pytest -m gpu tests/test_gpu.py -rs && $(BIN)/python tests/benchmarks/gpu.py; \
+	else \
+		echo 'test-gpu: skipped, for there is no GPU here that torch can use'; \
+	fi
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,7 +39,10 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/benchmarks/packing.py
-	$(BIN)/python tests/benchmarks/build.py $(SIZE)
+	$(BIN)/python tests/benchmarks/build.py $(SIZE) $(BENCH)
+
+cluster: setup
+	$(BIN)/python tests/cluster.py
 
 crash: setup
 	$(BIN)/python tests/crash.py 50

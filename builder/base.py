@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from builder import hub
+from builder.digests import DIGESTER, identify_file
 from builder.errors import BaseError, ManifestError
-from builder.files import sha256_file
+from builder.files import read_exactly, read_receipt, write_receipt
 from builder.manifest import Manifest
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 # in the order in which the safetensors library lays tensors out
 DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
@@ -28,6 +33,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md")
 TEMPLATES = "additional_chat_templates"  # the one folder inside a model folder that tokenizers read
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
+READ_AHEAD_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,24 +131,45 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
-    _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def load(self, name: str) -> torch.Tensor:
-        """One tensor, mapped from its file: its pages are read when they are used. Not to be written to."""
+        """One tensor, mapped from its file: its pages are read when they are used. Not to be written to.
+
+        They count as this process's memory until the tensor is let go.
+        """
         from safetensors import safe_open
 
-        file = self.tensors[name].file
-        if file not in self._handles:
-            self._handles[file] = safe_open(self.folder / file, framework="pt")
-        loaded: torch.Tensor = self._handles[file].get_tensor(name)
+        with safe_open(self.folder / self.tensors[name].file, framework="pt") as file:
+            loaded: torch.Tensor = file.get_tensor(name)
         return loaded
 
-    def unmap(self) -> None:
-        """Let go of the mapped files: the pages that were read stop counting as this process's memory.
+    def load_words(self, name: str) -> NDArray[np.uint16]:
+        """The bit patterns of a tensor of 16-bit numbers, mapped as by `load`, without torch."""
+        import numpy as np
 
-        Tensors that are still held keep their own files mapped.
-        """
-        self._handles.clear()
+        stored = self.tensors[name]
+        path = self.folder / stored.file
+        return np.asarray(np.memmap(path, np.uint16, "c", stored.start, stored.shape))
+
+    def read_chunks(self, name: str) -> Iterator[bytes]:
+        """A tensor's bytes as they are stored, in chunks."""
+        stored = self.tensors[name]
+        with (self.folder / stored.file).open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            yield from read_exactly(file, stored.end - stored.start, self.folder / stored.file)
+
+    def read_ahead(self, names: Iterable[str], most_bytes: int = READ_AHEAD_BYTES) -> None:
+        """Ask the system to have the bytes of these tensors in memory soon, the first `most_bytes` of them."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            stored = self.tensors[name]
+            num_bytes = min(stored.end - stored.start, most_bytes)
+            most_bytes -= num_bytes
+            with (self.folder / stored.file).open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), stored.start, num_bytes, os.POSIX_FADV_WILLNEED)
+            if not most_bytes:
+                return
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:
@@ -344,19 +371,65 @@ def list_base_files(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name in weights or is_companion(name)))
 
 
-def identify_file(path: Path) -> list[int]:
-    """Size in bytes, mtime in ns and inode: while these stay, a file's digest is taken as known."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+def find_difference(folder: Path, sizes: Mapping[str, int]) -> str | None:
+    """How a base model's folder differs from the one that was fetched; None if it does not, as far as sizes tell."""
+    for name, num_bytes in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found is None:
+            return f"{name} is missing"
+        if found != num_bytes:
+            return f"{name} has {found} bytes, but had {num_bytes} when it was fetched"
+    return None
+
+
+def find_snapshot(model: str, revision: str, sizes: Mapping[str, int]) -> Path:
+    """This machine's own copy of a Hub base at its commit, as it is in the Hub's cache, or else fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    if isinstance(config, str) and find_difference(Path(config).parent, sizes) is None:
+        return Path(config).parent
+    return hub.download_files(model, revision, sorted(sizes), where=f"{model} at {revision}")
+
+
+def check_digests(folder: Path, digests: Mapping[str, str], notes: Path) -> None:
+    """Raise BaseError if a file of the base is not the one that was fetched.
+
+    digests: sha256 by name. notes: a file that keeps what was found, so that unchanged files are read once.
+    """
+    known = read_receipt(notes) or {}
+    found = dict(hash_files(folder, known))
+    if found != known:
+        write_receipt(notes, found)
+    for name, sha256 in digests.items():
+        if name not in found or found[name]["sha256"] != sha256:
+            ours = found[name]["sha256"][:12] if name in found else "absent"
+            raise BaseError(
+                f"{name} is not the one that was fetched (sha256 {ours}, fetched {sha256[:12]})",
+                f"{folder} on {socket.gethostname()}",
+                "copy the base model to that place there again",
+            )
+
+
+def begin_hashing(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Have the digests that `hash_files` will ask for taken in the background."""
+    names = (name for name in list_base_files(folder) if not is_known(folder / name, known.get(name)))
+    DIGESTER.begin(folder / name for name in names)
+
+
+def is_known(path: Path, before: Mapping[str, Any] | None) -> bool:
+    """Whether a file is the one whose digest was taken before."""
+    return before is not None and before["identity"] == identify_file(path)
 
 
 def hash_files(
     folder: Path, known: Mapping[str, Mapping[str, Any]], report: Callable[[str, int], None] = lambda name, size: None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name, {sha256, num_bytes, identity}) of each base file.
+    """Yield (name, {sha256, num_bytes, identity}) of each base file, several of them read at once.
 
     known: what an earlier call said; a file whose identity is the same is not read again.
     """
+    begin_hashing(folder, known)
     for name in list_base_files(folder):
         identity = identify_file(folder / name)
         before = known.get(name)
@@ -364,4 +437,4 @@ def hash_files(
             yield name, dict(before)
             continue
         report(name, identity[0])
-        yield name, {"sha256": sha256_file(folder / name), "num_bytes": identity[0], "identity": identity}
+        yield name, {"sha256": DIGESTER.sha256(folder / name), "num_bytes": identity[0], "identity": identity}

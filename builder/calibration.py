@@ -97,8 +97,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, content: Any, spec: Calibration
     """Token ids of one row: a text, or a list of chat messages with `chat_template: true`."""
     if spec.chat_template:
         text = tokenizer.apply_chat_template(content, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(content, add_special_tokens=spec.add_special_tokens, truncation=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    encoded = tokenizer(content, add_special_tokens=spec.add_special_tokens, truncation=False, verbose=False)
+    return list(encoded["input_ids"])
 
 
 def read_texts(manifest: Manifest, spec: Calibration, where: str) -> list[Any]:

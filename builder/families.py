@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from builder.base import Tensor
-from builder.errors import BaseError
+from builder.errors import BaseError, BuildError
+from builder.files import cache_folder, digest, read_receipt, write_receipt
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +60,10 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors)
+
+
+ARCHITECTURE = TypeAdapter(Architecture)
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of this module: another one may see more
 
 
 def build_model(config: Mapping[str, Any], where: str) -> PreTrainedModel:
@@ -112,6 +123,23 @@ def find_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
             "use a base model that is a plain stack of decoder layers",
         )
     return min(fitting, key=lambda found: found[0].count("."))
+
+
+def recall_architecture(config: Mapping[str, Any], where: str) -> Architecture:
+    """As `describe_architecture`, remembered for a config and the versions that read it: torch and transformers
+    take seconds to load.
+    """
+    key = digest(
+        {"config": dict(config), "versions": [version(name) for name in ("torch", "transformers")], "by": CODE}
+    )
+    path = cache_folder() / "architectures" / f"{key[:32]}.json"
+    known = read_receipt(path)
+    if known is not None and known["key"] == key:
+        return ARCHITECTURE.validate_python(known["architecture"])
+    architecture = describe_architecture(config, where)
+    with suppress(OSError, BuildError):  # a full or read-only home costs time, and nothing else
+        write_receipt(path, {"key": key, "architecture": ARCHITECTURE.dump_python(architecture, mode="json")})
+    return architecture
 
 
 def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture:
@@ -226,4 +254,4 @@ def collect_facts(config: Any) -> dict[str, Any]:
     if facts["head_dim"] is None and facts["hidden_size"] and facts["num_attention_heads"]:
         facts["head_dim"] = facts["hidden_size"] // facts["num_attention_heads"]
     facts["max_position_embeddings"] = getattr(config, "max_position_embeddings", None)
-    return {name: value for name, value in facts.items() if value is not None}
+    return {name: value for name, value in sorted(facts.items()) if value is not None}

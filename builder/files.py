@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ from builder.errors import BuildError
 
 CHUNK_BYTES = 8 << 20
 PUBLISHED_MODE = 0o644
+OWN_CACHE = "release-builder"
 SEAL = "content_sha256"
 
 
@@ -31,8 +33,19 @@ def digest(value: Any) -> str:
 
 def sha256_file(path: Path) -> str:
     """sha256, in hex, of a file's bytes, read once in chunks."""
-    with path.open("rb") as file:
+    with explain_disk_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_exactly(file: BinaryIO | FileIO, num_bytes: int, path: Path) -> Iterator[bytes]:
+    """Exactly `num_bytes` of an open file, in chunks. Raises BuildError, naming `path`, if it ends before."""
+    while num_bytes:
+        with explain_disk_errors(path):
+            chunk = file.read(min(CHUNK_BYTES, num_bytes))
+        if not chunk:
+            raise BuildError(f"{path.name} ends too early", str(path.parent), "restore it, and run again")
+        num_bytes -= len(chunk)
+        yield chunk
 
 
 @contextmanager
@@ -79,17 +92,22 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def explain_disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "over quota" into a BuildError that names the file."""
+    """Turn what a full, limited or failing disk says into a BuildError that names the file."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f"no space left while writing {path.name}"
+            fix = "free some space there and run the same command again; finished work is kept"
+        elif error.errno == errno.EFBIG:
+            what = f"{path.name} grows larger than a file may be"
+            fix = "raise the limit (`ulimit -f`), or build on another file system; finished work is kept"
+        elif error.errno == errno.EIO:
+            what = f"the disk failed while {path.name} was read or written"
+            fix = "see the system's log (`dmesg`), restore the file, and run the same command again"
+        else:
             raise
-        raise BuildError(
-            f"no space left while writing {path.name}",
-            str(path.parent),
-            "free some space there and run the same command again; finished work is kept",
-        ) from error
+        raise BuildError(what, str(path.parent), fix) from error
 
 
 def read_json(path: Path) -> Any:
@@ -98,6 +116,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return None
+
+
+def cache_folder() -> Path:
+    """This user's folder for what can be made again; it need not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / OWN_CACHE
 
 
 def write_receipt(path: Path, value: dict[str, Any]) -> None:

@@ -6,10 +6,15 @@ Receipts are the only truth about what is done; doit's own database is kept in m
 from __future__ import annotations
 
 import difflib
+import functools
 import os
+import signal
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +28,19 @@ from rich.console import Console
 from builder.errors import BuildError, ManifestError, nearest
 from builder.manifest import Manifest, list_releases, load_manifest, show_path
 from builder.stages import STAGES, Stage, Workspace, hold, is_current, run_stage
-from builder.terminal import print_overview, print_plan, print_summary
+from builder.stages.stage import clean_stage
+from builder.terminal import print_overview, print_plan, print_summary, show_bytes
 
 RELEASES = Path("releases")
 BUILD = Path("build")
 RELEASE = "release"
 OVERVIEW = "_overview"
-INTERRUPTED = 130  # as shells have it for a command ended by Ctrl-C
+ENDINGS = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "ended by SIGTERM",
+    signal.SIGHUP: "ended by SIGHUP: its terminal was closed",
+}
+FORGETFUL = ("forget", "ignore", "reset-dep")  # doit's commands that would change its database
 
 
 class Memory:
@@ -88,8 +99,31 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             self.write("\n".join(self.runtime_errors) + "\n")
 
 
+class Step(Task):  # type: ignore[misc]
+    """One stage of one release."""
+
+    def __init__(self, workspace: Workspace, stage: Stage, links: Counter[int], **more: Any) -> None:
+        """links: shared by the steps of a release, see `clean_stage`."""
+        super().__init__(f"{stage.name}:{workspace.manifest.name}", doc=stage.title, **more)
+        self.workspace, self.stage, self.links = workspace, stage, links
+
+    def clean(self, outstream: Any, dryrun: bool) -> None:
+        """Take away what the stage left, and its receipt; or say what that would be."""
+        try:
+            removed, freed = clean_stage(self.workspace, self.stage, self.links, dry_run=dryrun)
+        except BuildError as error:
+            raise InvalidCommand(str(error)) from error
+        if removed:
+            listed = ", ".join(str(path) for path in removed)
+            verb = "would remove" if dryrun else "removed"
+            outstream.write(f"{self.name}: {verb} {listed} ({show_bytes(freed)})\n")
+
+
 class Loader(TaskLoader2):  # type: ignore[misc]
     """Makes the tasks from the manifests in releases/; a broken one yields tasks that say what is wrong with it."""
+
+    def setup(self, opt_values: Any) -> None:
+        end_on_signals()
 
     def load_doit_config(self) -> dict[str, Any]:
         return {
@@ -101,6 +135,7 @@ class Loader(TaskLoader2):  # type: ignore[misc]
         }
 
     def load_tasks(self, cmd: Any, pos_args: Sequence[str]) -> list[Task]:
+        refuse_command(cmd.get_name(), pos_args)
         manifests: dict[str, Manifest | BuildError] = {}
         for path in sorted(RELEASES.glob("*.yml")):
             fix = f"rename it to {path.stem}.yaml"
@@ -121,9 +156,25 @@ class Loader(TaskLoader2):  # type: ignore[misc]
             tasks.append(
                 Task(stage.name, None, task_dep=every, has_subtask=True, doc=f"{stage.title} ({stage.name}:NAME)")
             )
-        if cmd.execute_tasks:
+        if cmd.execute_tasks or cmd.get_name() == "clean":
             check_names(names, [task.name for task in tasks])
         return tasks
+
+
+def refuse_command(command: str, names: Sequence[str]) -> None:
+    """Refuse what doit could do and would not be meant."""
+    if command in FORGETFUL:
+        raise InvalidCommand(
+            f"`doit {command}` has nothing to change: what is done is known from {BUILD}/NAME/receipts alone\n"
+            "  in the command line\n"
+            "  fix: delete a receipt to repeat its step; `doit clean STEP:NAME` takes away what the step left as well"
+        )
+    if command == "clean" and (not names or {stage.name for stage in STAGES}.intersection(names)):
+        raise InvalidCommand(
+            "`doit clean` takes a release, or one step of a release\n"
+            "  in the command line\n"
+            f"  fix: doit clean {RELEASE}:NAME, or doit clean {STAGES[-1].name}:NAME; --dry-run only says what would go"
+        )
 
 
 def check_names(asked: Sequence[str], valid: Sequence[str]) -> None:
@@ -157,19 +208,19 @@ def make_tasks(name: str, manifest: Manifest | BuildError, asked: set[str]) -> l
         doc = "cannot be read: " + str(error).splitlines()[0]
         broken = [Task(f"{stage.name}:{name}", [lambda: fail(error)], subtask_of=release, doc=doc) for stage in STAGES]
         return [Task(release, [lambda: fail(error)], doc=doc), *broken]
-    workspace = Workspace(manifest, BUILD / name)
+    workspace, links = Workspace(manifest, BUILD / name), Counter[int]()
     tasks: list[Task] = []
     for stage in STAGES:
-        own = f"{stage.name}:{name}"
-        shown = stage.name == "plan" and own in asked  # asked for by name, a plan is always shown
-        task = Task(
-            own,
-            [make_action(workspace, stage, shown=shown)],
+        shown = stage.name == "plan" and f"plan:{name}" in asked  # asked for by name, a plan is always shown
+        task = Step(
+            workspace,
+            stage,
+            links,
+            actions=[make_action(workspace, stage, shown=shown)],
             task_dep=[tasks[-1].name] if tasks else [],
             uptodate=[make_check(workspace, stage) if not shown else False],
             targets=[str(workspace.receipt_path(stage.name))],
             subtask_of=release,
-            doc=stage.title,
         )
         tasks.append(task)
     summary = Task(
@@ -197,14 +248,10 @@ def make_action(workspace: Workspace, stage: Stage, *, shown: bool) -> Callable[
         except BuildError as error:
             keep_traceback(error, workspace.folder / "traceback.txt")
             return fail(error)
-        except KeyboardInterrupt:
-            print("\ninterrupted; what is done is kept, and the same command goes on from here", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(INTERRUPTED)  # unloading torch can take seconds
         except OSError as error:
-            place = str(error.filename or workspace.folder)
-            return fail(BuildError(f"{error.strerror or error}", place, "mend that, then run the same command again"))
+            place = str(error.filename or f"{stage.name}:{workspace.manifest.name}")
+            fix = "mend that (`dmesg` tells of failing disks), then run the same command again"
+            return fail(BuildError(f"{error.strerror or error}", place, fix))
         if shown:
             print_plan(workspace, Console())
         for line in lines:
@@ -227,3 +274,49 @@ def fail(error: BuildError) -> TaskFailed:
     """Say what is wrong, on standard error and without a traceback; doit then ends with exit code 1."""
     print(str(error), file=sys.stderr, flush=True)
     return TaskFailed(str(error))
+
+
+@functools.cache
+def end_on_signals() -> None:
+    """From now on let Ctrl-C, `kill` and a closed terminal end this process within a moment, whatever it is at.
+
+    A handler would have to wait for the main thread, which may be in a long call of a library; so a thread of its own
+    is told. A signal that is ignored, as nohup has it, stays ignored.
+    """
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+    for number in ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
+    threading.Thread(target=wait_for_the_end, args=(receiver,), daemon=True).start()
+
+
+def wait_for_the_end(receiver: int) -> None:
+    """End this process, and all that it started, when one of ENDINGS arrives. All that is done is on disk."""
+    while (number := os.read(receiver, 1)[0]) not in ENDINGS:
+        pass
+    with suppress(OSError):  # the terminal may be gone
+        text = f"\n{ENDINGS[signal.Signals(number)]}; what is done is kept, and the same command goes on from here\n"
+        os.write(sys.stderr.fileno(), text.encode())
+    descendants = find_descendants()
+    sys.setswitchinterval(60)  # the main thread shall not come to report that its workers died
+    for process in descendants:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    os._exit(128 + number)  # as shells have it; unloading torch can take seconds
+
+
+def find_descendants() -> set[int]:
+    """The processes that this one started, and those that they did, where the system tells; none that has ended."""
+    children: dict[int, set[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = stat.read_text("utf-8", "replace").rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                children.setdefault(int(parent), set()).add(int(stat.parent.name))
+    found, upcoming = set[int](), {os.getpid()}
+    while upcoming:
+        upcoming = set().union(*(children.get(process, set()) for process in upcoming))
+        found |= upcoming
+    return found

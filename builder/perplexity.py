@@ -18,11 +18,12 @@ from builder.base import Checkpoint, open_checkpoint, read_tensors
 from builder.calibration import load_tokenizer
 from builder.errors import BaseError, BuildError, VerifyError
 from builder.files import read_json
+from builder.progress import Progress
 from builder.streaming import LayerStream
-from builder.worker import Progress
 
 LONGEST_WINDOW = 2048
 LARGEST_LOSS = math.log(sys.float_info.max)
+BAND_ELEMENTS = 4 << 20
 CHUNK = 256  # tokens whose log-likelihoods over the vocabulary are in memory at once
 FROM_MODELOPT = {
     "weight_packed": "weight",
@@ -51,10 +52,9 @@ class ArtifactStream(LayerStream):
             compress_module(module)  # gives it the parameters of its compressed form; does nothing to the others
 
     def finish_layer(self, layer: torch.nn.Module) -> None:
-        from compressed_tensors.compressors.base import decompress_module
-
         for module in layer.modules():
-            decompress_module(module)
+            if hasattr(module, "quantization_scheme"):
+                decompress_in_bands(module)
 
     def load(self, name: str) -> torch.Tensor:
         module, _, suffix = name.rpartition(".")
@@ -63,6 +63,28 @@ class ArtifactStream(LayerStream):
             return super().load(name)
         tensor = super().load(stored)
         return tensor if suffix == "weight_packed" else (1 / tensor).reshape(1)
+
+
+def decompress_in_bands(module: torch.nn.Module) -> None:
+    """What compressed-tensors' `decompress_module` does, some rows at a time: it needs many times a weight's bytes."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationStatus
+    from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
+
+    scheme: Any = module.quantization_scheme
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    compressed: dict[str, Any] = get_direct_state_dict(module)
+    num_rows = int(module.out_features)  # type: ignore[arg-type]
+    step = max(1, BAND_ELEMENTS // int(module.in_features))  # type: ignore[arg-type]
+    by_row = {name for name, t in compressed.items() if t is not None and t.ndim == 2 and len(t) == num_rows > 1}
+    bands = []
+    for start in range(0, num_rows, step):
+        rows = {name: t[start : start + step] if name in by_row else t for name, t in compressed.items()}
+        bands.append(compressor.decompress(rows, scheme))
+    by_row = (by_row | {"weight"}) & bands[0].keys()
+    whole = {name: torch.cat([band[name] for band in bands]) if name in by_row else t for name, t in bands[0].items()}
+    replace_direct_state_dict(module, whole)
+    module.quantization_status = QuantizationStatus.DECOMPRESSED
 
 
 def open_artifact(folder: Path, quantization_config: dict[str, Any], device: str = "cpu") -> ArtifactStream:
@@ -95,19 +117,20 @@ def split_text(path: Path, base: Path, longest: int, where: str) -> list[list[in
     return windows
 
 
-def measure_perplexity(stream: LayerStream, windows: Sequence[Sequence[int]], title: str = "perplexity") -> float:
+def measure_perplexity(
+    stream: LayerStream, windows: Sequence[Sequence[int]], progress: Progress | None = None
+) -> float:
     """exp of the mean negative log-likelihood of every token but each window's first.
 
-    title: what progress is reported under.
     Raises VerifyError if it is not a number, or not finite.
     """
     rows = [stream.embed(window) for window in windows]
-    progress = Progress(title, len(stream.layers))
     for index in range(len(stream.layers)):
         with stream.open_layer(index) as layer:
             for row in rows:
                 stream.run_layer(layer, index, row)
-        progress.step(index + 1)
+        if progress:
+            progress.step(index + 1)
     total, count = 0.0, 0
     for row, window in zip(rows, windows, strict=True):
         logits = stream.read_logits(row)[:-1]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import platform
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,8 @@ from builder.families import build_model, find_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+BAND_BYTES = 256 << 20
 
 
 def describe_machine(device: str) -> str:
@@ -94,10 +98,21 @@ class LayerStream:
         """Change a layer that has just got its weights; a base model's is run as it is."""
 
     def load_edges(self) -> None:
-        """Map embeddings, final norm and lm_head from their files; only the pages that are used are read."""
-        weights = {name: self.load(name) for name, _ in self.model.named_parameters()}
-        self.model.load_state_dict(weights, strict=False, assign=True)
+        """Map embeddings and final norm from their files; only the pages that are used are read."""
+        head = {name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()}
+        own = [name for name, _ in self.model.named_parameters() if name.rpartition(".")[0] not in head]
+        self.assign(own)
         self.model.tie_weights()
+
+    def load_head(self) -> None:
+        """lm_head too, which calibration has no use for."""
+        self.assign([name for name, parameter in self.model.named_parameters() if parameter.is_meta])
+        head = self.model.get_output_embeddings()
+        if isinstance(head, torch.nn.Linear) and head.weight.nbytes > BAND_BYTES:
+            head.forward = partial(apply_in_bands, head)  # type: ignore[method-assign]
+
+    def assign(self, names: Sequence[str]) -> None:
+        self.model.load_state_dict({name: self.load(name) for name in names}, strict=False, assign=True)
         self.model.requires_grad_(False)
 
     def load(self, name: str) -> torch.Tensor:
@@ -122,7 +137,9 @@ class LayerStream:
 
     @contextmanager
     def open_layer(self, index: int) -> Iterator[torch.nn.Module]:
-        """One layer with its weights, for as long as the block runs."""
+        """One layer with its weights, for as long as the block runs; the next one is read from the disk meanwhile."""
+        next_one = [name for name in self.checkpoint.tensors if name.startswith(f"{self.prefix}.{index + 1}.")]
+        threading.Thread(target=self.checkpoint.read_ahead, args=[next_one], daemon=True).start()
         layer = copy.deepcopy(self.layers[index])
         weights = {name: self.load(f"{self.prefix}.{index}.{name}") for name, _ in layer.named_parameters()}
         layer.load_state_dict(weights, strict=False, assign=True)
@@ -132,7 +149,6 @@ class LayerStream:
             yield layer
         finally:
             layer.to("meta")
-            self.checkpoint.unmap()
 
     @torch.inference_mode()
     def run_layer(self, layer: torch.nn.Module, index: int, row: Row) -> None:
@@ -144,6 +160,7 @@ class LayerStream:
     @torch.inference_mode()
     def read_logits(self, row: Row) -> torch.Tensor:
         """Final norm and lm_head, with whatever the family does around them: [T, V] from a row past the last layer."""
+        self.load_head()
         last = self.recorders[-1]
 
         def replace(module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -156,6 +173,16 @@ class LayerStream:
         finally:
             hook.remove()
         return logits[0]
+
+
+def apply_in_bands(linear: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """A large linear, some of its outputs at a time: a matrix product may hold a second copy of its weights."""
+    step = max(1, BAND_BYTES // (linear.weight.nbytes // linear.out_features))
+    bands = []
+    for start in range(0, linear.out_features, step):
+        bias = None if linear.bias is None else linear.bias[start : start + step]
+        bands.append(torch.nn.functional.linear(inputs, linear.weight[start : start + step], bias))
+    return torch.cat(bands, dim=-1)
 
 
 def compute_buffers(module: torch.nn.Module, device: torch.device, model: PreTrainedModel | None = None) -> None:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from builder.errors import BaseError, VerifyError
 from builder.files import CHUNK_BYTES, PUBLISHED_MODE, read_json, sha256_file
+from builder.machine import available_memory, end_with_parent
 
 CHECKS = {
     "files": "the folder holds only regular files of mode 0644: no links, pickles, code, leftovers or stray weights",
@@ -832,16 +833,9 @@ def fits_in_memory(reading: Reading) -> bool:
     """Whether transformers can hold it, and reads it rightly: it loads experts without an error, with wrong logits."""
     if any(".experts." in module for module in reading.quantized):
         return False
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except FileNotFoundError:
-        return False
-    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
+    available = available_memory()
     base_bytes = sum(entry.num_bytes for entry in reading.source.values())
-    return base_bytes * 3 // 2 + MODEL_WORKSPACE_BYTES < available
+    return available is not None and base_bytes * 3 // 2 + MODEL_WORKSPACE_BYTES < available
 
 
 def check_loading(reading: Reading) -> None:
@@ -976,6 +970,7 @@ def as_compressed_tensors(ignore: Iterable[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Load one artifact: see `load_whole`. Reads the job from standard input, answers on standard output."""
+    end_with_parent()
     job = json.load(sys.stdin)
     with redirect_stdout(sys.stderr):
         told = load_whole(job)

@@ -6,32 +6,38 @@ again goes on where the disk says it stopped.
 
 from __future__ import annotations
 
-import resource
-import sys
+import hashlib
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from builder.artifact import FileInPlace, read_record, write_unit
-from builder.base import Checkpoint, open_checkpoint
+from builder.base import Checkpoint, Tensor, check_digests, find_difference, find_snapshot, open_checkpoint
 from builder.errors import BaseError, CalibrationError
-from builder.files import open_atomic, read_receipt, write_receipt
+from builder.files import digest, open_atomic, read_receipt, write_receipt
+from builder.machine import measure_peak
 from builder.manifest import Scheme as SchemeSpec
+from builder.parts import Parts, view_bytes
 from builder.plan import PlannedFile, Unit
+from builder.progress import Progress
 from builder.schemes import SCHEMES, Amax, Scheme
 
 if TYPE_CHECKING:
     import torch
 
+    from builder.parts import Content
     from builder.streaming import LayerStream, Row
 
 UNIT = TypeAdapter(Unit)
 FILE = TypeAdapter(PlannedFile)
-UNITS = "units"
-REPORT_EVERY_S = 10.0
+HELD_BYTES = 128 << 20  # of weights that are mapped at once
+WRITE_AT_MOST_ONE_IN = 20  # of the seconds of a calibration, one may go into writing hidden states
 
 
 def bind_spec(spec: Mapping[str, Any]) -> Scheme:
@@ -41,38 +47,26 @@ def bind_spec(spec: Mapping[str, Any]) -> Scheme:
 
 
 def open_base(job: Mapping[str, Any]) -> Checkpoint:
-    """The job's base model. Raises BaseError if a file is not of the size it was fetched with."""
-    folder = Path(job["base"])
-    for name, num_bytes in job["base_files"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != num_bytes:
-            raise BaseError(
-                f"{name} has {found} bytes, but had {num_bytes} when it was fetched" if found else f"{name} is missing",
-                str(folder),
-                "restore the file, or run the same command again to fetch it anew",
-            )
+    """The job's base model: in the folder it names, or else, if it is one of the Hub's, this machine's own copy of it.
+
+    A job that is apart, where the folder may be another than the builder's, has the files' digests checked too.
+    Raises BaseError if a file is not as it was fetched.
+    """
+    folder, sizes = Path(job["base"]), job["base_files"]
+    difference = find_difference(folder, sizes)
+    if difference and job.get("revision"):
+        folder = find_snapshot(job["model"], job["revision"], sizes)
+        difference = find_difference(folder, sizes)
+    if difference:
+        raise BaseError(
+            difference,
+            f"{folder} on {socket.gethostname()}",
+            "restore the file, or run the same command again to fetch it anew",
+        )
+    if job.get("apart"):
+        notes = f"base-{digest(str(folder))[:16]}.json"
+        check_digests(folder, job["base_digests"], Path(job["folder"]).parent / notes)
     return open_checkpoint(folder, str(folder))
-
-
-def measure_peak() -> int:
-    """The process's largest resident memory so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class Progress:
-    """Says on standard error how far a job is, at most every ten seconds."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total = title, total
-        self.started = self.said = time.monotonic()
-
-    def step(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self.said < REPORT_EVERY_S or not done:
-            return
-        self.said = now
-        left = (now - self.started) / done * (self.total - done)
-        print(f"{self.title}: {done} of {self.total} done, about {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +89,10 @@ def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
     rows = [stream.embed(tokens) for tokens in job["rows"]]
     saved = SavedStates(folder, block, key, job["save_every_s"])
     first, amax = saved.restore(rows)
-    progress = Progress(f"calibrate, block {block + 1} of {job['num_blocks']}", len(stream.layers))
+    progress = Progress(folder, f"calibrate, block {block + 1} of {job['num_blocks']}", len(stream.layers))
     for index in range(first, len(stream.layers)):
         amax |= measure_layer(stream, scheme, index, rows, job["linears"][index])
-        progress.step(index + 1 - first)
+        progress.step(index + 1, first)
         saved.keep(rows, index + 1, amax)
     record = {
         "key": key,
@@ -128,46 +122,95 @@ def measure_layer(stream: LayerStream, scheme: Scheme, index: int, rows: Sequenc
 
 
 class SavedStates:
-    """Hidden states on disk, now and then, so that a killed calibration loses minutes and not hours."""
+    """Hidden states on disk, now and then, so that a killed calibration loses minutes and not hours.
+
+    They are copied and written behind the worker's back, one write at a time, and never so often that it costs more
+    than a twentieth of the worker's time. The states come first, under a name that tells their layer; then the note
+    that vouches for them by their digest; then the states before them go.
+    """
 
     def __init__(self, folder: Path, block: int, key: str, every_s: float) -> None:
-        self.states = folder / f"block-{block:05d}.states.safetensors"
-        self.note = folder / f"block-{block:05d}.states.json"
-        self.key, self.every_s, self.last = key, every_s, time.monotonic()
+        """every_s: seconds between two writes, at least; 0 saves after every layer, and waits for it."""
+        self.folder, self.name = folder, f"block-{block:05d}"
+        self.note = folder / f"{self.name}.states.json"
+        self.key, self.every_s, self.pause_s, self.last = key, every_s, every_s, time.monotonic()
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future[float] | None = None
+
+    def find_states(self, layer: int | str = "*") -> list[Path]:
+        """What is saved of one layer, or of all."""
+        return list(self.folder.glob(f"{self.name}.before-layer-{layer}.states.safetensors"))
 
     def restore(self, rows: Sequence[Row]) -> tuple[int, Amax]:
         """Put saved hidden states into the rows; returns the layer to go on with and what was measured before it."""
         from builder.files import sha256_file
 
         note = read_receipt(self.note)
-        if note is None or note["key"] != self.key or not self.states.is_file():
+        if note is None or note["key"] != self.key:
             return 0, {}
-        if sha256_file(self.states) != note["sha256"]:  # killed between the two writes
+        states = self.find_states(note["layer"])
+        if not states or sha256_file(states[0]) != note["sha256"]:
             return 0, {}
         from safetensors.torch import load_file
 
-        for number, hidden in load_file(self.states).items():
+        for number, hidden in load_file(states[0]).items():
             rows[int(number)].hidden = hidden.to(rows[int(number)].hidden.device)
         return note["layer"], read_amax(note["amax"])
 
     def keep(self, rows: Sequence[Row], layer: int, amax: Amax) -> None:
-        """Save the rows as they go into `layer`, if the last time is long enough ago."""
-        if time.monotonic() - self.last < self.every_s:
+        """Save the rows as they go into `layer`, if the last time is long enough ago.
+
+        Raises BuildError if the time before it failed, as when the disk is full.
+        """
+        if self.writing and self.writing.done():
+            self.settle()
+        if self.writing or time.monotonic() - self.last < self.pause_s:
             return
-        import hashlib
-
-        from safetensors.torch import save
-
-        content = save({str(number): row.hidden.cpu() for number, row in enumerate(rows)})
-        with open_atomic(self.states) as file:
-            file.write(content)
-        digest = hashlib.sha256(content).hexdigest()
-        write_receipt(self.note, {"key": self.key, "layer": layer, "sha256": digest, "amax": write_amax(amax)})
         self.last = time.monotonic()
+        states = deque(row.hidden.to("cpu", copy=True) for row in rows)
+        self.writing = self.writer.submit(self.write, states, layer, write_amax(amax), self.last)
+        if not self.every_s:
+            self.settle()
+
+    def write(self, states: deque[torch.Tensor], layer: int, amax: dict[str, dict[str, str]], started: float) -> float:
+        """Write states, which are let go one by one, and their note. Returns the seconds since `started`."""
+        from builder.families import DTYPE_NAMES
+
+        tensors = tuple(
+            Tensor(
+                name=str(number), dtype=DTYPE_NAMES[str(state.dtype).removeprefix("torch.")], shape=tuple(state.shape)
+            )
+            for number, state in enumerate(states)
+        )
+        path = self.folder / f"{self.name}.before-layer-{layer}.states.safetensors"
+        header = PlannedFile(name=path.name, units=(), tensors=tensors, in_place=False).header
+        digest = hashlib.sha256(header)
+        with open_atomic(path) as file:
+            file.write(header)
+            while states:
+                content = view_bytes(states.popleft())
+                file.write(content)
+                digest.update(content)
+        write_receipt(self.note, {"key": self.key, "layer": layer, "sha256": digest.hexdigest(), "amax": amax})
+        for older in self.find_states():
+            if older != path:
+                older.unlink()
+        return time.monotonic() - started
+
+    def settle(self) -> None:
+        """Wait for the write that is under way, if any. Raises BuildError if it failed."""
+        if self.writing:
+            writing, self.writing = self.writing, None
+            took_s = writing.result()
+            self.pause_s = self.every_s and max(self.every_s, took_s * WRITE_AT_MOST_ONE_IN)
 
     def drop(self) -> None:
+        """Take everything away: the block is done."""
+        self.settle()
+        self.writer.shutdown()
         self.note.unlink(missing_ok=True)
-        self.states.unlink(missing_ok=True)
+        for states in self.find_states():
+            states.unlink()
 
 
 def write_amax(amax: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, str]]:
@@ -196,43 +239,36 @@ def quantize_layers(job: dict[str, Any]) -> dict[str, Any]:
     """Quantize one shard, unit by unit, into the files it owns and pieces of those it shares.
 
     job: shard of num_shards; base, base_files; scheme; device; units and files as planned; folder; key;
-    amax {linear: {kind: hex float}}.
+    amax {linear: {kind: hex float}}; optionally apart and have, see `Parts`.
     Returns {shard, num_units, num_skipped, bytes_in, bytes_out, num_quantizers, seconds, peak_bytes}.
     """
     started = time.monotonic()
-    folder, key = Path(job["folder"]), job["key"]
     units = [UNIT.validate_python(unit) for unit in job["units"]]
-    own = own_files([FILE.validate_python(file) for file in job["files"]], units)
+    files = [FILE.validate_python(file) for file in job["files"]]
     checkpoint, scheme, amax = open_base(job), bind_spec(job["scheme"]), read_amax(job["amax"])
-    finished = {name for name in own if read_record(folder / name, key)}
-    writers = {name: FileInPlace(folder, file, key) for name, file in own.items() if name not in finished}
-    progress = Progress(f"quantize, shard {job['shard'] + 1} of {job['num_shards']}", len(units))
+    folder = Path(job["folder"])
+    progress = Progress(folder, f"quantize, shard {job['shard'] + 1} of {job['num_shards']}", len(units), "units")
     bytes_in = bytes_out = skipped = 0
-    try:
+    apart, have = job.get("apart", False), job.get("have", ())
+    with (
+        ThreadPoolExecutor(1) as reader,
+        closing(Parts(folder, files, units, job["key"], apart=apart, have=have)) as parts,
+    ):
         for number, unit in enumerate(units, 1):
-            pieces = [tensor for tensor in unit.tensors if not any(tensor.name in file.names for file in own.values())]
-            piece = folder / UNITS / f"{unit.name}.safetensors"
-            waiting = [name for name, writer in writers.items() if unit.name in writer.planned.units]
-            missing = [name for name in waiting if unit.name not in writers[name].units]
-            if missing or (pieces and not read_record(piece, key)):
-                tensors = quantize_unit(checkpoint, scheme, unit, amax)
+            lacking = parts.lacking(unit)
+            if lacking:
+                for upcoming in units[number : number + 1]:
+                    reader.submit(checkpoint.read_ahead, source_names(upcoming))
+                for tensor, content in quantize_unit(checkpoint, scheme, unit, amax, job["device"]):
+                    if tensor.name in lacking:
+                        parts.add(tensor, content)
+                parts.end_unit(unit, lacking)
                 bytes_in += sum(checkpoint.tensors[name].num_bytes for name in source_names(unit))
                 bytes_out += unit.num_bytes
-                if pieces:
-                    write_unit(piece, pieces, tensors, key)
-                for name in missing:
-                    writers[name].add_unit(unit.name, tensors)
-                del tensors
-                checkpoint.unmap()
             else:
                 skipped += 1
-            for name in waiting:
-                if writers[name].units == list(writers[name].planned.units):
-                    writers.pop(name).finish()
-            progress.step(number)
-    finally:
-        for writer in writers.values():
-            writer.close()
+            progress.step(number, skipped, bytes_in)
+        parts.settle()
     return {
         "shard": job["shard"],
         "num_units": len(units),
@@ -245,39 +281,76 @@ def quantize_layers(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def own_files(files: Sequence[PlannedFile], units: Sequence[Unit]) -> dict[str, PlannedFile]:
-    """The files that these units alone make up, and that can be written in one pass."""
-    mine = {unit.name for unit in units}
-    return {file.name: file for file in files if file.in_place and mine.issuperset(file.units)}
-
-
 def source_names(unit: Unit) -> list[str]:
     """The base tensors a unit is made from."""
     return [*unit.kept, *(f"{linear}.weight" for group in unit.groups for linear in group)]
 
 
-def quantize_unit(checkpoint: Checkpoint, scheme: Scheme, unit: Unit, amax: Amax) -> dict[str, torch.Tensor]:
-    """All tensors a unit yields, exactly as planned. Raises CalibrationError if a needed amax is not there."""
-    tensors = {name: checkpoint.load(name) for name in unit.kept}
-    for group in unit.groups:
-        weights = {linear: checkpoint.load(f"{linear}.weight") for linear in group}
-        inputs = {linear: amax[linear]["input"] for linear in group if "input" in amax.get(linear, {})}
-        if scheme.measures_inputs and len(inputs) < len(group):
-            lacking = next(linear for linear in group if linear not in inputs)
-            raise CalibrationError(f"{lacking} was not measured", "the amax table", "delete the receipts and run again")
-        tensors |= scheme.quantize_group(weights, inputs)
-    check_planned(unit, tensors)
-    return tensors
+def quantize_unit(
+    checkpoint: Checkpoint, scheme: Scheme, unit: Unit, amax: Amax, device: str
+) -> Iterator[tuple[Tensor, Content]]:
+    """Every tensor of a unit in the order of the plan, exactly as planned; a group is quantized when it is its turn.
+
+    Raises CalibrationError if a needed amax is not there.
+    """
+    groups = {linear: group for group in unit.groups for linear in group}
+    made: dict[str, Any] = {}
+    for tensor in unit.tensors:
+        if tensor.name in unit.kept:
+            check_planned(
+                unit, tensor, checkpoint.tensors[tensor.name].shape, checkpoint.tensors[tensor.name].num_bytes
+            )
+            yield tensor, checkpoint.read_chunks(tensor.name)
+            continue
+        if tensor.name not in made:
+            made |= quantize_group(checkpoint, scheme, groups[tensor.name.rpartition(".")[0]], amax, device)
+        given = made.pop(tensor.name)
+        check_planned(unit, tensor, tuple(given.shape), given.nbytes)
+        yield tensor, [view_bytes(given)]
 
 
-def check_planned(unit: Unit, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a unit whose tensors differ from the plan in name, shape or size."""
-    planned = {tensor.name: (tensor.shape, tensor.num_bytes) for tensor in unit.tensors}
-    made = {name: (tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors.items()}
-    if planned != made:
-        different = sorted(name for name in planned.keys() | made.keys() if planned.get(name) != made.get(name))[0]
+def quantize_group(
+    checkpoint: Checkpoint, scheme: Scheme, group: Sequence[str], amax: Amax, device: str
+) -> dict[str, Any]:
+    """What takes the place of the weights of linears that read the same input."""
+    inputs = {linear: amax[linear]["input"] for linear in group if "input" in amax.get(linear, {})}
+    if scheme.measures_inputs and len(inputs) < len(group):
+        lacking = next(linear for linear in group if linear not in inputs)
+        raise CalibrationError(f"{lacking} was not measured", "the amax table", "delete the receipts and run again")
+    return scheme.quantize_group(Weights(checkpoint, group, device), inputs)
+
+
+class Weights(Mapping[str, Any]):
+    """The weights of some linears. On the CPU large ones are mapped anew whenever they are asked for, so that none
+    outlives its use; small ones stay, and on a GPU all of them, for the way there is long.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, linears: Sequence[str], device: str) -> None:
+        self.checkpoint, self.linears, self.device = checkpoint, linears, device
+        self.there: dict[str, Any] = {}
+
+    def __getitem__(self, linear: str) -> Any:
+        if linear in self.there:
+            return self.there[linear]
+        name = f"{linear}.weight"
+        on_cpu = self.device == "cpu"
+        weight: Any = self.checkpoint.load_words(name) if on_cpu else self.checkpoint.load(name).to(self.device)
+        if self.device != "cpu" or weight.nbytes <= HELD_BYTES // len(self.linears):
+            self.there[linear] = weight
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.linears)
+
+    def __len__(self) -> int:
+        return len(self.linears)
+
+
+def check_planned(unit: Unit, tensor: Tensor, shape: tuple[int, ...], num_bytes: int) -> None:
+    """Refuse a tensor that differs from the plan in shape or size."""
+    if (shape, num_bytes) != (tensor.shape, tensor.num_bytes):
         raise BaseError(
-            f"{different} is {made.get(different)}, but {planned.get(different)} was planned",
+            f"{tensor.name} is {shape} of {num_bytes} bytes, but {tensor.shape} of {tensor.num_bytes} was planned",
             unit.name,
             "the base model's files changed under the build: run the same command again",
         )

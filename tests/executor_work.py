@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 from builder.errors import ManifestError, Problems
+from builder.files import write_atomic
+from builder.parts import UNITS, record_file
 
 Json = dict[str, Any]
 
@@ -25,7 +29,7 @@ def echo(job: Json) -> Json:
 
 def tell_process(job: Json) -> Json:
     names = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-    return {"pid": os.getpid()} | {name: os.environ.get(name) for name in names}
+    return {"pid": os.getpid(), "parent": os.getppid()} | {name: os.environ.get(name) for name in names}
 
 
 def meet(job: Json) -> Json:
@@ -100,6 +104,40 @@ def die_the_first_time(job: Json) -> Json:
     write_whole(marker, str(os.getpid()))
     os.kill(os.getpid(), signal.SIGKILL)
     return {}
+
+
+def linger(job: Json) -> Json:
+    """Leaves its process id and its parent's at each of `markers` in turn, and sleeps far too long; then no more."""
+    for marker in map(Path, job["markers"]):
+        if not marker.exists():
+            write_whole(marker, f"{os.getpid()} {os.getppid()}")
+            time.sleep(600)
+    return tell_process(job)
+
+
+def eat_memory(job: Json) -> Json:
+    hoard = []
+    while True:
+        hoard.append(b"x" * 10_000_000)
+
+
+def make_pieces(job: Json) -> Json:
+    """Like a shard of layers: a piece and its record for each unit that is not there yet; sleeps at `stop_at`.
+
+    The hosts of a record's units are told; a worker that is asked again on another machine does not sleep.
+    """
+    folder, made = Path(job["folder"]), []
+    for unit in job["all_units"]:
+        if unit in job.get("have", ()):
+            continue
+        if unit == job["stop_at"] and socket.gethostname() == job["stop_on"]:
+            time.sleep(600)
+        path = folder / UNITS / f"{unit}.safetensors"
+        content = unit.encode() * job["num_bytes"]
+        write_atomic(path, content)
+        record_file(path, job["key"], hashlib.sha256(content).hexdigest(), len(content))
+        made.append(unit)
+    return {"host": socket.gethostname(), "folder": str(folder), "apart": job.get("apart", False), "made": made}
 
 
 def write_whole(path: Path, text: str) -> None:

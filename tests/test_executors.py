@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,8 +34,11 @@ def ray_address() -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     quick = {"prestart_worker_first_driver": False}  # each of our jobs starts a worker anyway
-    head = {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False, "_system_config": quick}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    node = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False, "_system_config": quick})
+    for _ in range(2):
+        cluster.add_node(wait=False, **node)
+    cluster.wait_for_nodes()
     yield cluster.address
     cluster.shutdown()
 
@@ -265,22 +269,61 @@ def test_tasks_do_not_outlive_a_builder_that_is_killed(tmp_path: Path, ray_addre
 
 
 @pytest.mark.parametrize(
-    ("number", "fix"),
+    ("number", "what", "fix"),
     [
         (
             signal.SIGKILL,
-            "the system's out-of-memory killer is the usual cause: use fewer workers, then run the same command again",
+            r"SIGKILL, at 0\.\d GB, though not by the system's out-of-memory killer",
+            "if a guard against running out of memory did it, use fewer workers; then run the same command again",
         ),
-        (signal.SIGSEGV, "run the same command again; if it dies again, EXECUTOR=in_process shows where"),
+        (signal.SIGSEGV, "SIGSEGV", "run the same command again; if it dies again, EXECUTOR=in_process shows where"),
     ],
 )
-def test_a_killed_worker_is_reported_by_its_job_and_signal(number: signal.Signals, fix: str) -> None:
+def test_a_killed_worker_is_reported_by_its_job_and_signal(number: signal.Signals, what: str, fix: str) -> None:
     with pytest.raises(ExecutorError) as caught:
         list(Processes(2).run(executor_work.die, [{"signal": int(number)}]))
-    assert str(caught.value) == (
-        f"a worker was ended by {number.name}\n"
-        f'  in job 1 of 1, executor_work:die: {{"signal": {int(number)}}}\n'
-        f"  fix: {fix}"
+    assert re.fullmatch(f"a worker was ended by {what}", caught.value.what)
+    assert caught.value.where == f'job 1 of 1, executor_work:die: {{"signal": {int(number)}}}'
+    assert caught.value.fix == fix
+
+
+@pytest.fixture
+def small_memory(tmp_path: Path) -> Iterator[Path]:
+    """A control group with 200 MB of memory, where we may make one."""
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    groups = [group for _, controllers, group in lines if "memory" in controllers.split(",")]
+    if not groups:
+        pytest.skip("there is no memory controller of cgroup v1")
+    folder = Path(f"/sys/fs/cgroup/memory{groups[0]}/{tmp_path.name}")
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"a control group cannot be made here: {error}")
+    (folder / "memory.limit_in_bytes").write_text(str(200_000_000))
+    yield folder
+    assert wait_until(lambda: not (folder / "cgroup.procs").read_text())
+    folder.rmdir()
+
+
+def test_a_worker_that_the_out_of_memory_killer_ended_is_named_as_such(small_memory: Path) -> None:
+    code = (
+        "import executor_work; from builder.executors.processes import Processes\n"
+        "try: list(Processes(2).run(executor_work.eat_memory, [{}]))\n"
+        "except Exception as error: print(error)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: (small_memory / "cgroup.procs").write_text(str(os.getpid())),
+    ).stdout
+    assert re.fullmatch(
+        r"a worker was ended by the out-of-memory killer, at 0\.[12] GB\n"
+        r"  in job 1 of 1, executor_work:eat_memory: \{\}\n"
+        r"  fix: EXECUTOR=in_process has one worker at a time; or use a machine with more memory\. "
+        r"Finished work is kept\n",
+        shown,
     )
 
 
@@ -319,8 +362,13 @@ def test_ray_starts_a_job_again_when_its_worker_is_killed(ray_address: str, tmp_
 
 @RAY_GROUP
 def test_ray_gives_up_on_a_job_whose_workers_always_die(ray_address: str) -> None:
-    with pytest.raises(ExecutorError, match=r"(?s)WorkerCrashedError.*in job 1 of 1, executor_work:die.*memory"):
+    with pytest.raises(ExecutorError) as caught:
         list(make_ray(1, ray_address).run(executor_work.die, [{"signal": int(signal.SIGKILL)}]))
+    assert re.fullmatch(
+        r"its worker was lost 4 times, last on .*: its worker was killed, or crashed", caught.value.what
+    )
+    assert caught.value.where == 'job 1 of 1, executor_work:die: {"signal": 9}'
+    assert "memory is the usual cause" in caught.value.fix
 
 
 @RAY_GROUP

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +14,7 @@ import transformers
 
 from builder.base import Tensor
 from builder.errors import BaseError
-from builder.families import Architecture, build_model, describe_architecture, find_layers
+from builder.families import Architecture, build_model, describe_architecture, find_layers, recall_architecture
 
 WHERE = "releases/tiny.yaml:5:3: base.path: base"
 TINY = {
@@ -326,3 +330,52 @@ def test_a_model_that_stores_more_than_parameters_is_refused() -> None:
         f"  in {WHERE}\n"
         "  fix: use a base model of another family"
     )
+
+
+# ---------------------------------------------------------------------------------------------------- remembering
+
+
+def run_apart(code: str, cache: Path) -> str:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    config = make_config("LlamaForCausalLM", "llama")
+    program = f"import sys\nfrom builder.families import recall_architecture\nconfig = {config!r}\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    return done.stdout.strip()
+
+
+def test_an_architecture_is_remembered_without_loading_torch_again(tmp_path: Path) -> None:
+    tell = "found = recall_architecture(config, 'here'); print('torch' in sys.modules, found)"
+    first, second = run_apart(tell, tmp_path), run_apart(tell, tmp_path)
+    assert first == "True " + str(describe("LlamaForCausalLM", "llama"))
+    assert second == "False " + str(describe("LlamaForCausalLM", "llama"))
+
+
+def test_what_is_remembered_of_one_config_is_not_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for layers in (2, 3, 2):
+        config = make_config("LlamaForCausalLM", "llama", num_hidden_layers=layers)
+        assert recall_architecture(config, WHERE) == describe_architecture(config, WHERE)
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def test_a_damaged_memory_is_made_anew_and_none_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = make_config("LlamaForCausalLM", "llama")
+    wanted = recall_architecture(config, WHERE)
+    (remembered,) = tmp_path.rglob("*.json")
+    whole = remembered.read_bytes()
+    remembered.write_bytes(whole.replace(b"q_proj", b"x_proj", 1))
+    assert recall_architecture(config, WHERE) == wanted
+    assert remembered.read_bytes() == whole
+    (tmp_path / "file").write_text("where a folder is expected")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert recall_architecture(config, WHERE) == wanted
+
+
+def test_a_config_that_is_refused_is_refused_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(BaseError, match="stored, but is no parameter"):
+            recall_architecture(make_config("Gemma4ForCausalLM", "gemma4_text"), WHERE)

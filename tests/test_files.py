@@ -32,12 +32,13 @@ from builder.files import (
 TOO_LARGE = """
 import resource, sys
 from pathlib import Path
+from builder.errors import BuildError
 from builder.files import write_atomic
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     write_atomic(Path(sys.argv[1]), bytes(1 << 20))
-except OSError as error:
-    sys.exit(error.errno)
+except BuildError as error:
+    sys.exit(error.__cause__.errno)
 """
 KILLED = """
 import os, sys

@@ -16,11 +16,11 @@ import pytest
 import torch
 from conftest import build
 
-from builder.artifact import view_bytes
 from builder.base import DTYPE_BYTES, Tensor
 from builder.errors import LayoutError, ManifestError
 from builder.families import describe_architecture
 from builder.manifest import load_manifest
+from builder.parts import view_bytes
 from builder.schemes import bind_scheme
 from builder.schemes.nvfp4 import Nvfp4
 

@@ -29,7 +29,9 @@ class Executor(Protocol):
         """Do `work(job)` for every job; yield (position of the job in `jobs`, its record) as they finish, in any order.
 
         work: a function that can be imported by name; it may be started more than once with the same job.
-        jobs, records: JSON-able; they arrive as JSON gives them back (a tuple becomes a list).
+        jobs, records: JSON-able; they arrive as JSON gives them back (a tuple becomes a list). Where a job runs on a
+        cluster, its keys weight, memory_bytes and device say what it needs of a node; folder and key what it leaves,
+        base and base_files what it has to find there.
         Raises the work's own BuildError as it is, and ExecutorError for any other failure. After the first failure, and
         when the iterator is closed, no further job starts and those that run are stopped.
         """

@@ -7,7 +7,6 @@ which then kills the workers. They need no gentler end: unfinished work leaves n
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -32,8 +31,7 @@ from builder.executors import (
     record_of,
     thread_limits,
 )
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from builder.machine import end_with_parent
 
 
 class Processes:
@@ -55,26 +53,61 @@ class Worker:
     process: subprocess.Popen[bytes]
     connection: Connection
 
-    def stop(self) -> int:
-        """Kill it with all it started; returns its exit status, negative for a signal."""
-        if self.process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+    def stop(self) -> tuple[int, int]:
+        """Kill it with all it started; returns its status, negative for a signal, and its largest memory in bytes."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.connection.close()
-        return self.process.wait()
+        _, status, usage = os.wait4(self.process.pid, 0)
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        return self.process.returncode, usage.ru_maxrss * 1024
+
+
+class OutOfMemoryKills:
+    """The kernel's count of processes it killed for want of memory: in our cgroup, or else on the whole machine."""
+
+    def __init__(self) -> None:
+        self.counter = find_counter()
+        self.seen = self.count()
+
+    def count(self) -> int:
+        """Both formats have a line "oom_kill N"; 0 where the kernel keeps no count."""
+        lines = self.counter.read_text().splitlines() if self.counter.is_file() else []
+        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+    def explain_one(self) -> bool:
+        """Whether there was a kill that did not explain a death yet."""
+        explains = self.count() > self.seen
+        self.seen += explains
+        return explains
+
+
+def find_counter() -> Path:
+    """The file that counts; it does so before the signal is sent."""
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, controllers, group = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            counter = Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control")
+        else:
+            counter = Path(f"/sys/fs/cgroup{group}/memory.events")
+        if counter.is_file():
+            return counter
+    return Path("/proc/vmstat")
 
 
 def perform_all(calls: Sequence[Call], num_workers: int) -> Iterator[tuple[int, Record]]:
     waiting = deque(enumerate(calls))
     slots = list(range(num_workers))
     running: list[Worker] = []
+    kills = OutOfMemoryKills()
     try:
         while waiting or running:
             while waiting and slots:
                 running.append(start(*waiting.popleft(), slots.pop(0), num_workers))
             ready = wait([worker.connection for worker in running])
             for worker in [worker for worker in running if worker.connection in ready]:
-                outcome = receive(worker)
+                outcome = receive(worker, kills)
                 running.remove(worker)
                 slots.append(worker.slot)
                 yield worker.index, record_of(outcome)
@@ -102,23 +135,35 @@ def start(index: int, call: Call, slot: int, num_workers: int) -> Worker:
     return Worker(index=index, call=call, slot=slot, process=process, connection=ours)
 
 
-def receive(worker: Worker) -> str | BuildError:
+def receive(worker: Worker, kills: OutOfMemoryKills) -> str | BuildError:
     """The answer of a worker, or an ExecutorError if it died instead; either way its process is gone afterwards."""
     try:
         outcome: str | BuildError = worker.connection.recv()
         worker.stop()
     except (EOFError, OSError):
-        outcome = explain_death(worker.stop(), worker.call.where)
+        status, peak_bytes = worker.stop()
+        explained = status == -signal.SIGKILL and kills.explain_one()
+        outcome = explain_death(status, peak_bytes, explained, worker.call.where)
     return outcome
 
 
-def explain_death(status: int, where: str) -> ExecutorError:
+def explain_death(status: int, peak_bytes: int, was_out_of_memory: bool, where: str) -> ExecutorError:
     """status: as subprocess gives it, negative for a signal."""
     if status >= 0:
         return ExecutorError(f"a worker ended with status {status} and no record", where, "see what it printed above")
+    if was_out_of_memory:
+        return ExecutorError(
+            f"a worker was ended by the out-of-memory killer, at {peak_bytes / 1e9:.1f} GB",
+            where,
+            "EXECUTOR=in_process has one worker at a time; or use a machine with more memory. Finished work is kept",
+        )
     name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
     if -status == signal.SIGKILL:
-        fix = "the system's out-of-memory killer is the usual cause: use fewer workers, then run the same command again"
+        name += f", at {peak_bytes / 1e9:.1f} GB, though not by the system's out-of-memory killer"
+        fix = "if a guard against running out of memory did it, use fewer workers; then run the same command again"
+    elif -status == signal.SIGBUS:
+        name += ": a base file could not be read (its disk failed, or it was cut short while it was read)"
+        fix = "see the system's log (`dmesg`), restore the base's files, then run the same command again"
     else:
         fix = "run the same command again; if it dies again, EXECUTOR=in_process shows where"
     return ExecutorError(f"a worker was ended by {name}", where, fix)
@@ -134,8 +179,7 @@ def visible_gpus() -> list[str]:
 
 def serve(descriptor: int, parent: int) -> None:
     """The worker's side: receive one call, do it, answer."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != parent:  # it was gone before we could ask to be told
         return
     os.set_inheritable(descriptor, False)

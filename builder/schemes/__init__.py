@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from builder import manifest
 from builder.base import Tensor
 from builder.errors import ManifestError, nearest
+from builder.schemes.magnitudes import Amax
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+
+    Weight = torch.Tensor | NDArray[Any]
+
+__all__ = ["SCHEMES", "Amax", "Scheme", "bind_scheme"]
 
 
 class Scheme(Protocol):
@@ -36,14 +42,15 @@ class Scheme(Protocol):
         """Collect statistics of the named linears of a decoder layer while the block runs; it computes as before.
 
         prefix: what comes before a linear's name within the layer. Yields a function that reads what was collected:
-        {linear: {"weight": amax, "input": amax}}; a quantizer that saw nothing is absent. A NaN raises
-        CalibrationError naming its linear.
+        {linear: {"weight": amax, "input": amax}}; what nothing passed through is absent. It raises CalibrationError
+        naming a linear that met a NaN.
         """
 
-    def quantize_group(
-        self, weights: Mapping[str, torch.Tensor], input_amax: Mapping[str, float]
-    ) -> dict[str, torch.Tensor]:
-        """Quantize linears that read the same input. Returns the planned tensors; the weights are not modified."""
+    def quantize_group(self, weights: Mapping[str, Weight], input_amax: Mapping[str, float]) -> dict[str, Any]:
+        """Quantize linears that read the same input. Returns the planned tensors; the weights are not modified.
+
+        weights: bf16 tensors, or numpy arrays of their bits; what is returned is of the same kind.
+        """
 
     def quantization_config(self, ignore: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Any]:
         """The `quantization_config` of config.json.
@@ -53,9 +60,6 @@ class Scheme(Protocol):
 
     def extra_configs(self, ignore: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Any]:
         """Further JSON files that the layout needs, by name."""
-
-
-Amax = dict[str, dict[str, float]]
 
 
 def bind_nvfp4(spec: manifest.Scheme) -> Scheme:

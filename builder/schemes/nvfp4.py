@@ -10,23 +10,28 @@ Shapes: O out_features, I in_features.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from builder.base import Tensor
-from builder.errors import CalibrationError, LayoutError
+from builder.errors import LayoutError
+from builder.schemes.magnitudes import Amax, observe_magnitudes
 
 if TYPE_CHECKING:
     import torch
+
+    Weight = torch.Tensor | NDArray[Any]
 
 BLOCK = 16
 LARGEST = 6.0 * 448.0  # the largest E2M1 magnitude times the largest E4M3 magnitude
 UNIT_SCALE = 1.0
 KINDS = ("weight", "input")
-Amax = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,51 +81,17 @@ class Nvfp4:
             Tensor(name=f"{linear}.{input_global}", dtype="F32", shape=scalar),
         )
 
-    @contextmanager
-    def observe(self, layer: torch.nn.Module, prefix: str, linears: Sequence[str]) -> Iterator[Callable[[], Amax]]:
-        """Let modelopt's own quantizers collect, in a layer that goes on computing unquantized."""
-        import modelopt.torch.quantization as mtq
-        from modelopt.torch.quantization.model_calib import enable_stats_collection, finish_stats_collection
+    def observe(
+        self, layer: torch.nn.Module, prefix: str, linears: Sequence[str]
+    ) -> AbstractContextManager[Callable[[], Amax]]:
+        return observe_magnitudes(layer, prefix, linears)
 
-        modules: dict[str, Any] = {linear: layer.get_submodule(linear.removeprefix(prefix)) for linear in linears}
-        wanted = [
-            {"quantizer_name": f"{linear.removeprefix(prefix)}.{kind}_quantizer", "cfg": entry["cfg"], "enable": True}
-            for entry in mtq.NVFP4_DEFAULT_CFG["quant_cfg"]
-            for kind in KINDS
-            if entry["quantizer_name"] == f"*{kind}_quantizer"
-            for linear in linears
-        ]
-        with redirect_stdout(io.StringIO()):  # it prints how many quantizers it inserted
-            mtq.quantize(layer, {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *wanted], "algorithm": None})
-        enable_stats_collection(layer)
-        for linear, module in modules.items():
-            for kind in KINDS:
-                name_failures(getattr(module, f"{kind}_quantizer"), linear, kind)
-            module.weight_quantizer(module.weight)
-            module.weight_quantizer.disable_calib()  # once is enough: the weight does not change from row to row
-
-        def read() -> Amax:
-            finish_stats_collection(layer)
-            found: Amax = {}
-            for linear, module in modules.items():
-                amax = {kind: getattr(module, f"{kind}_quantizer").amax for kind in KINDS}
-                found[linear] = {kind: float(value) for kind, value in amax.items() if value is not None}
-            return found
-
-        yield read
-
-    def quantize_group(
-        self, weights: Mapping[str, torch.Tensor], input_amax: Mapping[str, float]
-    ) -> dict[str, torch.Tensor]:
+    def quantize_group(self, weights: Mapping[str, Weight], input_amax: Mapping[str, float]) -> dict[str, Any]:
         """weights: bf16 [O, I] by linear; input_amax: by linear, unused with unit scales.
 
         Raises LayoutError naming a linear if a weight is all zero or not finite, or if magnitudes are so small that
         the reciprocal of their scale, which the compressed-tensors layout stores, is infinite.
         """
-        import torch
-
-        from builder.kernels import max_magnitude
-
         amax = {linear: max_magnitude(weight) for linear, weight in weights.items()}
         for linear, value in amax.items():
             if not 0.0 < value < float("inf"):
@@ -129,15 +100,14 @@ class Nvfp4:
                     f"{linear}.weight",
                     f"add {linear} to scheme.ignore if the base model is meant to be so, or fetch it again",
                 )
-        weight_scale = torch.tensor(max(amax.values()), dtype=torch.float32) / LARGEST
+        weight_scale = np.float32(max(amax.values())) / np.float32(LARGEST)
+        input_scale = np.float32(UNIT_SCALE)
         if self.measures_inputs:
-            input_scale = torch.tensor(max(input_amax[linear] for linear in weights), dtype=torch.float32) / LARGEST
-        else:
-            input_scale = torch.tensor(UNIT_SCALE)
+            input_scale = np.float32(max(input_amax[linear] for linear in weights)) / np.float32(LARGEST)
+        stored = [np.array(weight_scale), np.array(input_scale)]
         if self.layout == "compressed-tensors":
-            stored = [(1 / weight_scale).reshape(1), (1 / input_scale).reshape(1)]
-        else:
-            stored = [weight_scale, input_scale]
+            with np.errstate(divide="ignore", over="ignore"):  # an infinity is refused below
+                stored = [np.float32(1) / scale.reshape(1) for scale in stored]
         for kind, global_scale in zip(KINDS, stored, strict=True):
             if not 0.0 < global_scale.item() < float("inf"):
                 linear = next(iter(weights))
@@ -147,17 +117,22 @@ class Nvfp4:
                     f"add {linear} to scheme.ignore, or see whether the base model is sound",
                 )
         packed, scale, weight_global, input_global = self.names
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Any] = {}
         for linear, weight in weights.items():
             tensors[f"{linear}.{packed}"], tensors[f"{linear}.{scale}"] = self.pack(weight, weight_scale.item())
-            tensors[f"{linear}.{weight_global}"], tensors[f"{linear}.{input_global}"] = stored
+            for name, global_scale in zip((weight_global, input_global), stored, strict=True):
+                tensors[f"{linear}.{name}"] = as_given(weight, global_scale)
         return tensors
 
-    def pack(self, weight_OI: torch.Tensor, weight_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes uint8 [O, I / 2] and block scales float8_e4m3fn [O, I / 16]; weight_scale: a float32 value."""
-        from builder.kernels import pack_nvfp4
+    def pack(self, weight_OI: Weight, weight_scale: float) -> tuple[Any, Any]:
+        """Codes uint8 [O, I / 2] and block scales float8_e4m3fn [O, I / 16], where the weight is.
 
-        return pack_nvfp4(weight_OI, weight_scale, block_scale_floor=self.block_scale_floor)
+        weight_scale: a float32 value.
+        """
+        packed: tuple[Any, Any] = find_kernels(weight_OI).pack_nvfp4(
+            weight_OI, weight_scale, block_scale_floor=self.block_scale_floor
+        )
+        return packed
 
     def quantization_config(self, ignore: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Any]:
         if self.layout == "modelopt":
@@ -217,18 +192,26 @@ class Nvfp4:
         return {"hf_quant_config.json": {"producer": describe_producer(), "quantization": quantization}}
 
 
-def name_failures(quantizer: Any, linear: str, kind: str) -> None:
-    """Make modelopt's bare assertion on a NaN say whose statistic it is."""
-    collect = quantizer._calibrator.collect
+def max_magnitude(weight: Weight) -> float:
+    """max |w|, found where the weight is."""
+    magnitude: float = find_kernels(weight).max_magnitude(weight)
+    return magnitude
 
-    def collect_or_name(values: torch.Tensor) -> None:
-        try:
-            collect(values)
-        except AssertionError as error:
-            what = f"there is a NaN or an infinity in the {kind} of {linear}"
-            raise CalibrationError(what, linear, "fetch the base model again, or use a sound one") from error
 
-    quantizer._calibrator.collect = collect_or_name
+def find_kernels(weight: Weight) -> Any:
+    """The module whose loops run where a weight is."""
+    if isinstance(weight, np.ndarray) or weight.device.type == "cpu":
+        return importlib.import_module("builder.kernels")
+    return importlib.import_module("builder.gpu")
+
+
+def as_given(weight: Weight, scale: NDArray[np.float32]) -> Weight:
+    """A global scale of the same kind as the weight it belongs to."""
+    if isinstance(weight, np.ndarray):
+        return scale
+    import torch
+
+    return torch.from_numpy(scale.copy())
 
 
 def describe_producer() -> dict[str, str]:

@@ -14,6 +14,8 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
+from builder.machine import end_with_parent
+
 BLOCK = 16
 ROWS_BYTES = 64 << 20  # weights are quantized in bands of rows, which blocks never cross
 
@@ -61,6 +63,7 @@ def bands(weight_OI: Any) -> Any:
 
 
 def main() -> None:
+    end_with_parent()
     job = json.load(sys.stdin)
     digests: dict[str, str] = {}
     with redirect_stdout(sys.stderr):  # the library greets on standard output

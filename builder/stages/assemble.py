@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from builder import lock
-from builder.base import INDEX, identify_file, list_base_files
+from builder.base import INDEX, list_base_files
+from builder.digests import identify_file
 from builder.errors import BuildError
 from builder.files import read_json, sha256_file, sync_folder, write_atomic, write_json
 from builder.plan import Plan
 from builder.schemes import Scheme, bind_scheme
 from builder.stages.plan import make_plan
-from builder.stages.quantize import key_of_parts
+from builder.stages.quantize import drop_parts, key_of_parts, take_back
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
 
@@ -41,6 +42,7 @@ def run(workspace: Workspace) -> Outcome:
     from builder.fixes import apply_fixes, bind_fixes
 
     plan, scheme = make_plan(workspace, workspace.base_folder()), bind_scheme(workspace.manifest)
+    take_back(workspace, key_of_parts(workspace))
     known = splice_files(workspace, plan)
     draft = workspace.folder / "draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -69,15 +71,18 @@ def run(workspace: Workspace) -> Outcome:
     }
     warnings = gather_obligations(workspace, base).warnings
     identities = {name: identify_file(workspace.artifact / name) for name in payload}
+    whole = {name: {"sha256": sha256, "identity": identities[name]} for name, sha256 in untouched.items()}
+    parts = {"key": key_of_parts(workspace), "files": whole}
     return Outcome(
-        facts, {"identities": identities}, tuple(f"warning ({warning.id}): {warning.text}" for warning in warnings)
+        facts,
+        {"identities": identities, "parts": parts},
+        tuple(f"warning ({warning.id}): {warning.text}" for warning in warnings),
     )
 
 
 def splice_files(workspace: Workspace, plan: Plan) -> dict[str, str]:
     """Make the files that no worker owned from the units' pieces; returns every weight file's digest."""
-    from builder.artifact import read_record, splice_file
-    from builder.worker import UNITS
+    from builder.parts import UNITS, read_record, splice_file
 
     key, known = key_of_parts(workspace), {}
     for file in plan.files:
@@ -173,4 +178,4 @@ def is_intact(workspace: Workspace) -> bool:
     return True
 
 
-STAGE = Stage("assemble", "put files together, apply fixes", read, run, is_intact)
+STAGE = Stage("assemble", "put files together, apply fixes", read, run, is_intact, drop_parts)

@@ -16,7 +16,7 @@ from builder.stages.stage import BUILDER, Outcome, Stage, keep_nothing
 from builder.stages.workspace import Workspace
 
 SAVE_STATES_EVERY_S = 60.0
-TOOLS = ("nvidia-modelopt", "tokenizers", "torch", "transformers")
+TOOLS = ("tokenizers", "torch", "transformers")
 
 
 def read(workspace: Workspace) -> Any:
@@ -61,9 +61,8 @@ def run(workspace: Workspace) -> Outcome:
     for block in range(num_blocks):
         own = Rows(rows.tokens[block::num_blocks])
         key = digest({"measured": BUILDER, "rows": own.digest, "reads": reads})  # a block of other rows is another
-        jobs.append(
-            shared | {"block": block, "num_blocks": num_blocks, "key": key, "rows": [list(row) for row in own.tokens]}
-        )
+        job = {"block": block, "num_blocks": num_blocks, "key": key, "rows": [list(row) for row in own.tokens]}
+        jobs.append(shared | job | {"weight": sum(map(len, own.tokens)), "memory_bytes": plan.calibrate_memory})
     records = run_jobs(workspace, "builder.worker:measure_rows", jobs)
     amax = merge_amax([read_amax(record["amax"]) for record in records])
     health = check_health(plan, amax)

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from builder import lock
-from builder.base import fetch_base, hash_files, identify_file, list_base_files, locate_base
+from builder.base import begin_hashing, fetch_base, hash_files, list_base_files, locate_base
+from builder.digests import identify_file
 from builder.errors import BuildError
+from builder.stages.jobs import name_executor
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
 
@@ -24,6 +26,9 @@ def read(workspace: Workspace) -> Any:
 def run(workspace: Workspace) -> Outcome:
     known = workspace.circumstances("fetch").get("files", {})
     folder = fetch_base(workspace.manifest)
+    begin_hashing(folder, known)
+    if name_executor(workspace) == "in_process":
+        import builder.kernels  # noqa: F401  # this process will need it, and has to wait for the digests anyway
     files = dict(hash_files(folder, known, tell_large))
     facts = {name: {"sha256": entry["sha256"], "num_bytes": entry["num_bytes"]} for name, entry in files.items()}
     compare_inputs(workspace, facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from builder.progress import Progress, watch
 from builder.stages.jobs import choose_device
 from builder.stages.stage import Outcome, Stage, keep_nothing
 from builder.stages.workspace import Workspace
@@ -33,9 +34,13 @@ def run(workspace: Workspace) -> Outcome:
     longest = min(LONGEST_WINDOW, context or LONGEST_WINDOW)
     text = manifest.resolve(manifest.release.perplexity.path)
     windows = split_text(text, base, longest, manifest.where("perplexity", "path"))
-    of_base = measure_perplexity(open_base(base, device), windows, "perplexity of the base")
-    artifact = open_artifact(workspace.artifact, read_layout(workspace), device)
-    of_artifact = measure_perplexity(artifact, windows, "perplexity of the artifact")
+    with watch(workspace.folder):
+        stream = open_base(base, device)
+        progress = Progress(workspace.folder, "perplexity of the base", len(stream.layers))
+        of_base = measure_perplexity(stream, windows, progress)
+        stream = open_artifact(workspace.artifact, read_layout(workspace), device)
+        progress = Progress(workspace.folder, "perplexity of the artifact", len(stream.layers))
+        of_artifact = measure_perplexity(stream, windows, progress)
     facts = {
         "measured": True,
         "base": of_base,

@@ -9,7 +9,7 @@ from typing import Any
 
 from builder.base import (
     Stored,
-    identify_file,
+    begin_hashing,
     list_base_files,
     locate_base,
     preview_base,
@@ -17,6 +17,7 @@ from builder.base import (
     read_tensors,
 )
 from builder.calibration import read_texts
+from builder.digests import identify_file
 from builder.errors import BuildError, ManifestError, Problems, nearest, raise_all
 from builder.manifest import Manifest
 from builder.plan import Plan, plan_release
@@ -57,10 +58,10 @@ def make_plan(workspace: Workspace, base: Path | None = None) -> Plan:
     bind_names(workspace)
     manifest = workspace.manifest
     config, headers = preview_base(manifest) if base is None else read_base(base)
-    from builder.families import describe_architecture
+    from builder.families import recall_architecture
 
     where = manifest.where("base", "path" if manifest.release.base.path else "model")
-    return plan_release(manifest, bind_scheme(manifest), describe_architecture(config, where), headers)
+    return plan_release(manifest, bind_scheme(manifest), recall_architecture(config, where), headers)
 
 
 def read_base(folder: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
@@ -149,6 +150,8 @@ def warn_of_names(workspace: Workspace) -> tuple[str, ...]:
 
 
 def run(workspace: Workspace) -> Outcome:
+    if base := locate_base(workspace.manifest):
+        begin_hashing(base, workspace.circumstances("fetch").get("files", {}))  # for `fetch`; the plan takes a while
     plan = make_plan(workspace)
     check_inputs(workspace, plan)
     needed, free = measure_disk(workspace, plan)
@@ -173,7 +176,10 @@ def measure_disk(workspace: Workspace, plan: Plan) -> tuple[int, int]:
     workspace.folder.mkdir(parents=True, exist_ok=True)
     owned = {shard.index: set(shard.units) for shard in plan.shards}
     twice = [f for f in plan.files if not (f.in_place and any(units.issuperset(f.units) for units in owned.values()))]
-    present = sum(path.stat().st_size for path in workspace.parts.glob("**/*.safetensors*") if path.is_file())
+    written = [*workspace.parts.glob("**/*.safetensors*"), *workspace.artifact.glob("*.safetensors")]
+    present = sum(
+        {status.st_ino: status.st_size for path in written if path.is_file() and (status := path.stat())}.values()
+    )
     needed = plan.num_bytes + sum(file.num_bytes for file in twice) - present
     return max(0, needed), shutil.disk_usage(workspace.folder).free
 

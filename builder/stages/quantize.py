@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from builder.digests import identify_file
 from builder.errors import BuildError
 from builder.files import digest, read_json, write_json
 from builder.stages.jobs import common_job, describe_jobs, run_jobs
@@ -33,6 +34,7 @@ def run(workspace: Workspace) -> Outcome:
 
     plan, key = make_plan(workspace, workspace.base_folder()), key_of_parts(workspace)
     drop_stale_parts(workspace, key)
+    take_back(workspace, key)
     shared = common_job(workspace, workspace.base_folder()) | {"folder": str(workspace.parts), "key": key}
     amax, jobs = workspace.facts("calibrate")["amax"], []
     for shard in plan.shards:
@@ -43,6 +45,8 @@ def run(workspace: Workspace) -> Outcome:
             | {
                 "shard": shard.index,
                 "num_shards": len(plan.shards),
+                "weight": sum(unit.num_bytes for unit in units),
+                "memory_bytes": plan.quantize_memory,
                 "units": [UNIT.dump_python(unit, mode="json") for unit in units],
                 "files": [FILE.dump_python(file, mode="json") for file in plan.files],
                 "amax": {linear: kinds for linear, kinds in amax.items() if linear in linears},
@@ -67,14 +71,49 @@ def drop_stale_parts(workspace: Workspace, key: str) -> None:
     write_json(mark, {"key": key})
 
 
+def find_placed(workspace: Workspace, key: str) -> dict[str, str]:
+    """The sha256 of finished files that are where `assemble` put them, untouched since, by name."""
+    left = workspace.circumstances("assemble").get("parts", {"key": None})
+    if left["key"] != key:
+        return {}
+    return {
+        name: entry["sha256"]
+        for name, entry in left["files"].items()
+        if (workspace.artifact / name).is_file() and identify_file(workspace.artifact / name) == entry["identity"]
+    }
+
+
+def take_back(workspace: Workspace, key: str) -> None:
+    """Let finished files that only the artifact has be parts again, without moving a byte."""
+    from builder.artifact import link_file
+    from builder.parts import read_record, record_file
+
+    for name, sha256 in find_placed(workspace, key).items():
+        part = workspace.parts / name
+        if read_record(part, key) is None:
+            part.unlink(missing_ok=True)
+            link_file(workspace.artifact / name, part)
+            record_file(part, key, sha256, part.stat().st_size)
+
+
+def drop_parts(workspace: Workspace) -> None:
+    """Take away the parts that the artifact has."""
+    from builder.parts import RECORD
+
+    for name in find_placed(workspace, key_of_parts(workspace)):
+        (workspace.parts / f"{name}{RECORD}").unlink(missing_ok=True)
+        (workspace.parts / name).unlink(missing_ok=True)
+
+
 def is_intact(workspace: Workspace) -> bool:
-    """Whether every planned file is there, finished or in pieces."""
-    from builder.artifact import read_record
-    from builder.worker import UNITS
+    """Whether every planned file is there: finished, in pieces, or in the artifact."""
+    from builder.parts import UNITS, read_record
 
     key, parts = workspace.facts("quantize")["parts"], workspace.parts
+    placed = find_placed(workspace, key)
     return all(
-        read_record(parts / file["name"], key)
+        file["name"] in placed
+        or read_record(parts / file["name"], key)
         or all(read_record(parts / UNITS / f"{unit}.safetensors", key) for unit in file["units"])
         for file in workspace.facts("plan")["files"]
     )

@@ -6,7 +6,9 @@ import fcntl
 import os
 import platform
 import resource
+import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from builder.errors import BuildError
-from builder.files import digest, write_receipt
+from builder.digests import identify_file
+from builder.errors import BaseError, BuildError
+from builder.files import digest, explain_disk_errors, sha256_file, sync_folder, write_receipt
+from builder.stages.leavings import HELD, count_freed, list_leavings, remove_empty_folder, remove_leavings
 from builder.stages.workspace import NotYetError, Workspace
 
 BUILDER = "1"  # raise it when a change of code changes what a stage yields
@@ -35,6 +39,7 @@ class Stage:
     """One step of a build.
 
     reads: all that its facts are a function of, JSON-able. intact: whether what it left is still there.
+    settle: what it does last, when its receipt is on disk.
     """
 
     name: str
@@ -42,6 +47,7 @@ class Stage:
     reads: Callable[[Workspace], Any]
     run: Callable[[Workspace], Outcome]
     intact: Callable[[Workspace], bool]
+    settle: Callable[[Workspace], None] = lambda workspace: None
 
 
 def is_current(workspace: Workspace, stage: Stage) -> bool:
@@ -66,7 +72,8 @@ def run_stage(workspace: Workspace, stage: Stage) -> tuple[str, ...]:
     sweep(workspace)
     key = make_key(workspace, stage)
     resumed = mark_running(workspace, stage, key)
-    outcome = stage.run(workspace)
+    with same_base(workspace, stage):
+        outcome = stage.run(workspace)
     circumstances = {
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -82,18 +89,64 @@ def run_stage(workspace: Workspace, stage: Stage) -> tuple[str, ...]:
         "circumstances": circumstances | dict(outcome.circumstances),
     }
     write_receipt(workspace.receipt_path(stage.name), receipt)
+    stage.settle(workspace)
     return outcome.lines
 
 
 def mark_running(workspace: Workspace, stage: Stage, key: str) -> bool:
     """Withdraw the stage's receipt, for what it vouches for is about to change; its circumstances stay readable.
 
-    Returns whether an earlier run of the same work did not come to its end.
+    Returns whether an earlier run of the same work did not come to its end. What that one left is not used if the base
+    was touched since: it may have been another base for a while.
     """
     before = workspace.receipt(stage.name) or {"facts": {}, "circumstances": {}}
     resumed = before.get("running") == key
-    write_receipt(workspace.receipt_path(stage.name), {**before, "stage": stage.name, "key": "", "running": key})
+    mark: dict[str, Any] = {"stage": stage.name, "key": "", "running": key}
+    if base := identify_base(workspace):
+        touched = {name: identity and identity[:2] for name, identity in base.items()}  # inodes may change alone
+        if resumed and before.get("base", touched) != touched:
+            remove_leavings(workspace, stage.name)
+            resumed = False
+        mark["base"] = touched
+    write_receipt(workspace.receipt_path(stage.name), {**before, **mark})
     return resumed
+
+
+def identify_base(workspace: Workspace) -> dict[str, list[int] | None]:
+    """Size, mtime and inode of each file of the base, None for one that is gone; empty before it is fetched."""
+    try:
+        folder, names = workspace.base_folder(), workspace.facts("fetch")["files"]
+    except NotYetError:
+        return {}
+    return {name: identify(folder / name) for name in names}
+
+
+def identify(path: Path) -> list[int] | None:
+    """Size, mtime and inode of a file, None if there is none."""
+    return identify_file(path) if path.is_file() else None
+
+
+@contextmanager
+def same_base(workspace: Workspace, stage: Stage) -> Iterator[None]:
+    """Take away what the block left, and raise BaseError, if the base's files did not stay the same all the while."""
+    before = identify_base(workspace)
+    if not before:
+        yield
+        return
+    folder, fetched = workspace.base_folder(), workspace.facts("fetch")["files"]
+    try:
+        yield
+    finally:
+        for name, identity in before.items():
+            path = folder / name
+            if identify(path) == identity or (path.is_file() and sha256_file(path) == fetched[name]["sha256"]):
+                continue
+            remove_leavings(workspace, stage.name)
+            raise BaseError(
+                f"{name} changed while {stage.name} was reading it",
+                str(folder),
+                "leave it alone, and run the same command again; what was made from it meanwhile is removed",
+            )
 
 
 def sweep(workspace: Workspace) -> None:
@@ -112,24 +165,53 @@ def describe_host() -> str:
     return f"{platform.machine()}, {model}, {os.cpu_count()} cores"
 
 
+def clean_stage(workspace: Workspace, stage: Stage, links: Counter[int], *, dry_run: bool) -> tuple[list[Path], int]:
+    """Take away a stage's receipt and what it left, or only look. Raises BuildError while the release is being built.
+
+    links: how many names of each inode went already, when several stages are cleaned.
+    Returns what is removed, and the bytes that the disk has back: those of files whose last name went.
+    """
+    if not workspace.folder.is_dir():
+        return [], 0
+    with hold(workspace):
+        receipt = workspace.receipt_path(stage.name)
+        removed = [*([receipt] if receipt.exists() else []), *list_leavings(workspace, stage.name)]
+        freed = sum(count_freed(path, links) for path in removed)
+        if not dry_run:
+            receipt.unlink(missing_ok=True)  # first, for what it vouches for goes
+            remove_leavings(workspace, stage.name)
+            sync_folder(workspace.folder)
+            remove_empty_folder(workspace)
+    return removed, freed
+
+
 @contextmanager
 def hold(workspace: Workspace) -> Iterator[None]:
-    """Keep a second build of the same release out. Raises BuildError naming the process that is at it."""
-    workspace.folder.mkdir(parents=True, exist_ok=True)
-    with (workspace.folder / ".held").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise BuildError(
-                f"{workspace.manifest.name} is being built already, by process {file.read().strip()}",
-                str(workspace.folder),
-                "wait for it, or end it and run the same command again",
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    """Keep a second build of the same release out. Raises BuildError naming the process that is at it, and since when.
+
+    The system lets go of the file when its process ends, however it ends; what is written in it is for people alone.
+    """
+    path = workspace.folder / HELD
+    while True:
+        workspace.folder.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise BuildError(
+                    f"{workspace.manifest.name} is being built already, by {file.read().strip() or 'another process'}",
+                    str(workspace.folder),
+                    "wait for it, or end it and run the same command again",
+                ) from error
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # whoever held it has just removed it, with the folder
+            since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            holder = f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode()
+            with explain_disk_errors(path):
+                os.pwrite(file.fileno(), holder, 0)
+                os.ftruncate(file.fileno(), len(holder))
+            yield
+            return
 
 
 def keep_nothing(workspace: Workspace) -> bool:

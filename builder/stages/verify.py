@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from builder.base import identify_file
+from builder.digests import identify_file
 from builder.errors import Problems, VerifyError
 from builder.render import CARD_FILES
 from builder.stages.stage import Outcome, Stage, keep_nothing
