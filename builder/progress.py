@@ -128,6 +128,11 @@ def show_live(folder: Path, stream: TextIO, ended: threading.Event) -> None:
 
 
 def show_log(folder: Path, stream: TextIO, ended: threading.Event) -> None:
+    """The lines that have changed."""
+    shown: list[str] = []
     while not ended.wait(LINE_EVERY_S):
-        for line in read_lines(folder):
-            print(f"  {line}", file=stream, flush=True)
+        lines = read_lines(folder)
+        for line in lines:
+            if line not in shown:
+                print(f"  {line}", file=stream, flush=True)
+        shown = lines

@@ -59,6 +59,8 @@ def test_a_log_gets_lines_that_stay(tmp_path: Path) -> None:
     with watch(tmp_path, log):
         Progress(tmp_path, "calibrate, block 1 of 1", 8).step(3)
         wait_for("  calibrate, block 1 of 1: 3 of 8 layers", log)
+        time.sleep(0.2)
+    assert log.getvalue().count("\n") == 1, "what has not changed is not said again"
     assert "\x1b" not in log.getvalue()
     assert list(tmp_path.iterdir()) == []
 
