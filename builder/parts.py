@@ -78,7 +78,7 @@ class HashedFile:
         self.hasher, self.writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.waiting: deque[tuple[int, Future[Any], Future[Any]]] = deque()
         self.waiting_bytes = 0
-        self.broken = False
+        self.error: BaseException | None = None  # the first one; nothing is written after it
         self.staging = memoryview(mmap.mmap(-1, CHUNK_BYTES))  # holds what is in the file from `offset` on
         self.offset = written // PAGE * PAGE
         self.staged = written - self.offset
@@ -110,15 +110,15 @@ class HashedFile:
     def push(self) -> None:
         """Write what is staged, up to the end of its last page; `settle` cuts off what is too much."""
         start, end = 0, -(-self.staged // PAGE) * PAGE
-        if self.broken:  # what follows a failed write would leave a hole
+        if self.error:  # what follows a failed write would leave a hole
             return
         try:
             while start < end:
                 start += os.pwrite(self.file.fileno(), self.staging[start:end], self.offset + start)
                 if start % PAGE:  # cut short: what is left tells why, by another way
                     bypass_cache(self.file, False)
-        except BaseException:
-            self.broken = True
+        except BaseException as error:
+            self.error = error
             raise
 
     def mark(self) -> Future[None]:
@@ -136,13 +136,15 @@ class HashedFile:
         while self.waiting:
             self.settle_one()
         self.mark().result()
+        if self.error:  # it may have shown in a call of `mark` that nobody waited for
+            raise self.error
         os.ftruncate(self.file.fileno(), self.num_bytes)
         hexdigest: str = self.digest.hexdigest()
         return hexdigest
 
     def close(self) -> None:
         """End the threads, whatever they were at."""
-        self.broken = True
+        self.error = self.error or ValueError("the file is closed")
         self.hasher.shutdown(cancel_futures=True)
         self.writer.shutdown(cancel_futures=True)
 
@@ -229,7 +231,7 @@ class FileInPlace:
     def keep(self, written: Future[None], state: dict[str, Any]) -> None:
         with explain_disk_errors(self.partial):
             written.result()
-            if not self.out.broken:
+            if not self.out.error:
                 os.fsync(self.out.file.fileno())
                 write_receipt(self.journal, state)
                 self.kept = state

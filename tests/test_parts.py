@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from builder.base import Tensor
 from builder.errors import BuildError
-from builder.parts import RECORD, FileInPlace, Parts, read_record, splice_file, view_bytes, write_unit
+from builder.parts import RECORD, FileInPlace, HashedFile, Parts, read_record, splice_file, view_bytes, write_unit
 from builder.plan import PlannedFile, Unit, plan_files
 
 KEY = "a" * 64
@@ -225,6 +225,24 @@ def test_a_full_disk_names_the_file_and_leaves_the_journal_as_it_was(tmp_path: P
     resumed = FileInPlace(tmp_path, plan_whole(UNITS), KEY)
     assert resumed.units == [UNITS[0].name]
     resumed.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_write_that_failed_while_nobody_waited_for_it_fails_the_file(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("x+b") as file:
+        out = HashedFile(file)
+        out.write(b"x" * 100)
+        before = os.dup(file.fileno())
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, file.fileno())
+        assert isinstance(out.mark().exception(), OSError)
+        os.dup2(before, file.fileno())  # there is room again
+        out.write(b"y" * 100)
+        with pytest.raises(OSError, match="No space left"):
+            out.settle()
+        out.close()
+        os.close(before)
+        os.close(full)
 
 
 # ---------------------------------------------------------------------------------------------------- records
