@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from builder.files import (
     sha256_file,
     sync_folder,
     write_atomic,
-    write_json,
 )
 
 if TYPE_CHECKING:
@@ -34,10 +33,16 @@ def link_file(source: Path, target: Path) -> None:
             shutil.copyfileobj(whole, file, CHUNK_BYTES)
 
 
-def write_index(folder: Path, weight_map: Mapping[str, str], num_bytes: int, num_parameters: int) -> None:
-    """model.safetensors.index.json; num_bytes counts tensor data alone."""
-    metadata = {"total_parameters": num_parameters, "total_size": num_bytes}
-    write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(weight_map)})
+def write_index(
+    folder: Path,
+    weight_map: Mapping[str, str],
+    num_bytes: int,
+    num_parameters: int | None,
+    spell: Callable[[Any], str] = canonical_json,
+) -> None:
+    """model.safetensors.index.json; num_bytes counts tensor data alone, and None leaves the parameters out."""
+    metadata = {"total_size": num_bytes} | ({} if num_parameters is None else {"total_parameters": num_parameters})
+    write_atomic(folder / INDEX, spell({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}))
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Draft:
     """An artifact that is complete but not yet accepted: what fixes look at and cure.
 
     folder: all files of the payload. base: the base model's folder. layout and input_scale: the scheme's.
+    from_template: whether the configs are meant to be an export template's, but for what a fix restores.
+    spell: how a JSON file is written.
     """
 
     folder: Path
@@ -52,6 +59,8 @@ class Draft:
     layout: str
     input_scale: str
     ignore: tuple[str, ...]
+    from_template: bool = False
+    spell: Callable[[Any], str] = canonical_json
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the draft; None if there is none."""
@@ -63,7 +72,7 @@ class Draft:
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON file; a hard link to the old one keeps the old content."""
-        write_json(self.folder / name, value)
+        write_atomic(self.folder / name, self.spell(value))
 
     def copy_from_base(self, name: str) -> None:
         """Take a file of the base model as it is, byte for byte."""
@@ -91,19 +100,25 @@ class Draft:
 
         with safe_open(self.folder / file, framework="pt") as handle:
             whole = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            metadata = handle.metadata()
         more = {**whole, **tensors}
-        write_atomic(self.folder / file, save(more, metadata={"format": "pt"}))
+        write_atomic(self.folder / file, save(more, metadata=metadata))
         index = self.read_json(INDEX)
         if index is not None:
-            index["weight_map"].update(dict.fromkeys(tensors, file))
+            index["weight_map"] = dict(sorted({**index["weight_map"], **dict.fromkeys(tensors, file)}.items()))
             grown = sum(tensor.nbytes for tensor in more.values()) - sum(tensor.nbytes for tensor in whole.values())
             index["metadata"]["total_size"] += grown
             self.write_json(INDEX, index)
 
 
-def write_config(path: Path, base_config: Mapping[str, Any], quantization_config: Mapping[str, Any]) -> None:
+def write_config(
+    path: Path,
+    base_config: Mapping[str, Any],
+    quantization_config: Mapping[str, Any],
+    spell: Callable[[Any], str] = canonical_json,
+) -> None:
     """config.json: the base's own, and how the weights are quantized."""
-    write_atomic(path, canonical_json({**base_config, "quantization_config": dict(quantization_config)}))
+    write_atomic(path, spell({**base_config, "quantization_config": dict(quantization_config)}))
 
 
 def hash_payload(folder: Path, names: Sequence[str], known: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -32,10 +32,12 @@ PACKAGES = (
 def describe_what(manifest: Manifest) -> dict[str, Any]:
     """The part of a manifest that the payload's bytes are a function of.
 
-    Title, card, serve profile and the like shape what is rendered around the payload, which is outside the lock.
+    Title, card, serve profile and the like shape what is rendered around the payload, which is outside the lock. Of the
+    compatibility switches those alone are told that are set: a lock outlives the invention of further ones.
     """
     what = {key: manifest.what()[key] for key in PAYLOAD_KEYS}
     what["base"].pop("acknowledge")
+    what["compatibility"] = manifest.release.compatibility.model_dump(mode="json", exclude_defaults=True)
     return what
 
 

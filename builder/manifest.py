@@ -64,6 +64,8 @@ OWNED_HUB_ID = rf"^{HUB_NAME}/{HUB_NAME}$"
 REVISION = r"^[0-9a-f]{40}$"
 OPTION = r"^[A-Za-z][A-Za-z0-9._-]*$"
 VARIABLE = r"^[A-Z_][A-Z0-9_]*$"
+TOOL = r"^[a-z][a-z0-9_-]* [0-9][A-Za-z0-9.+-]*$"
+TEMPLATE_TOOL = r"^transformers 4\.57\.[0-9]+$"
 SIZE = r"^([0-9]+|[0-9]+\.[0-9]+) ?(B|[kKMGT]B|[KMGT]iB)?$"
 
 FORMS: Final = {
@@ -73,6 +75,8 @@ FORMS: Final = {
     REVISION: "the 40 lowercase hexadecimal digits of a commit",
     OPTION: "the name of an option without its leading dashes",
     VARIABLE: "the name of a variable in capitals, digits and _",
+    TOOL: "a tool and its version, such as modelopt 0.43.0",
+    TEMPLATE_TOOL: "transformers 4.57.0 or a later 4.57",
 }
 
 
@@ -331,7 +335,22 @@ class Files(Section):
 
 
 class Compatibility(Section):
-    """Switches that reproduce an older tool's files exactly; there are none yet."""
+    """Switches that reproduce an older tool's files exactly. Each default is the better way, for new releases."""
+
+    header_metadata: Switch = True
+    """Weight files say `format: pt` in their headers, which some readers ask for; false: nothing."""
+    total_parameters: Switch = True
+    """The index says how many parameters the base has; false: only how many bytes there are."""
+    final_newline: Switch = True
+    """config.json, hf_quant_config.json and the index end with a line end; false: with their last bracket."""
+    producer: Annotated[str | None, Field(pattern=TOOL)] = None
+    """Exporter that the configs of the modelopt layout name; the one that is installed if absent."""
+    export_template: Annotated[str | None, Field(pattern=TEMPLATE_TOOL)] = None
+    """Library that saved the configs, of a one-layer stand-in for the exporter; the base's own if absent."""
+    copied_files: Names | None = None
+    """Files of the base that go into the artifact, where it has them; if absent, all that belong to a model."""
+    license_texts: Switch = True
+    """The licences' texts and a NOTICE lie beside the weights; false: whoever publishes adds them."""
 
 
 class Serve(Section):
@@ -502,7 +521,14 @@ calibration:
 perplexity: {path: heldout.txt}
 fixes: [restore-config]
 files: {max_bytes: 5GiB, packing: sequential}
-compatibility: {}
+compatibility:
+  header_metadata: false
+  total_parameters: false
+  final_newline: false
+  producer: modelopt 0.43.0
+  export_template: transformers 4.57.6
+  copied_files: [tokenizer.json, tokenizer_config.json]
+  license_texts: false
 serve:
   engine: vllm
   version: 0.32
@@ -814,7 +840,7 @@ def explain(error: ErrorDetails, root: Node, file: str) -> Found:
     elif kind == "extra_forbidden":
         what = f"unknown key {dotted}"
         valid = list(section.model_fields)
-        fix = nearest(str(keys[-1]), valid) if valid else "remove it; this section has no keys yet"
+        fix = nearest(str(keys[-1]), valid)
     elif kind == "missing" and info:
         what = f"{dotted or 'the manifest'} lacks the key {keys[-1]}"
         fix = f"add for example {show_example(field_keys)}. {(info.description or '').rstrip('.')}"

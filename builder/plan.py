@@ -18,6 +18,7 @@ from builder.schemes import Scheme
 
 HEADER_ALIGNMENT = 8
 LIBRARY_DTYPES = tuple(DTYPE_BYTES)  # in the order of the library's own list
+SINGLE_FILE = 1.05  # the published pipeline's factor: so much above the limit, a single file is not yet split
 WORKSPACE_BYTES = 600 << 20  # the interpreter with torch and transformers, measured
 
 
@@ -143,6 +144,7 @@ class Plan:
                     "name": file.name,
                     "num_bytes": file.num_bytes,
                     "in_place": file.in_place,
+                    "header_metadata": file.header_metadata,
                     "units": list(file.units),
                     "tensors": [
                         {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
@@ -171,7 +173,12 @@ def plan_release(
     ignore = resolve_ignore(manifest, architecture)
     units = plan_units(architecture, scheme, ignore)
     shards = plan_shards(manifest, architecture, units)
-    files = plan_files(units, manifest.release.files.max_bytes, manifest.release.files.packing)
+    files = plan_files(
+        units,
+        manifest.release.files.max_bytes,
+        manifest.release.files.packing,
+        header_metadata=manifest.release.compatibility.header_metadata,
+    )
     rows, longest = plan_rows(manifest) if scheme.measures_inputs else (0, 0)
     calibrate_memory, quantize_memory = estimate_memory(architecture, units, math.ceil(rows / len(shards)), longest)
     return Plan(
@@ -339,11 +346,13 @@ def plan_shards(manifest: Manifest, architecture: Architecture, units: Sequence[
     return tuple(planned)
 
 
-def plan_files(units: Sequence[Unit], max_bytes: int, packing: str) -> tuple[PlannedFile, ...]:
+def plan_files(
+    units: Sequence[Unit], max_bytes: int, packing: str, *, header_metadata: bool = True
+) -> tuple[PlannedFile, ...]:
     """Spread all tensors over files.
 
     max_bytes: of a file's tensors, its header not counted; `sequential` goes beyond only for a single tensor that is
-    larger, `balanced` wherever tensors do not divide evenly.
+    larger, `balanced` wherever tensors do not divide evenly, and by 5 % for a single file.
     """
     bins = pack_balanced(units, max_bytes) if packing == "balanced" else pack_sequential(units, max_bytes)
     owner = {tensor.name: unit.name for unit in units for tensor in unit.tensors}
@@ -356,7 +365,11 @@ def plan_files(units: Sequence[Unit], max_bytes: int, packing: str) -> tuple[Pla
             if is_aligned(written):
                 ordered, in_place = written, True
         own = tuple(dict.fromkeys(owner[tensor.name] for tensor in tensors))
-        files.append(PlannedFile(name=name, units=own, tensors=tuple(ordered), in_place=in_place))
+        files.append(
+            PlannedFile(
+                name=name, units=own, tensors=tuple(ordered), in_place=in_place, header_metadata=header_metadata
+            )
+        )
     return tuple(files)
 
 
@@ -379,7 +392,8 @@ def pack_sequential(units: Sequence[Unit], max_bytes: int) -> list[list[Tensor]]
 def pack_balanced(units: Sequence[Unit], max_bytes: int) -> list[list[Tensor]]:
     """As few files as the total needs; tensors in the order of their names, each into the emptiest file."""
     tensors = sorted((tensor for unit in units for tensor in unit.tensors), key=lambda tensor: tensor.name)
-    bins: list[list[Tensor]] = [[] for _ in range(max(1, math.ceil(sum(t.num_bytes for t in tensors) / max_bytes)))]
+    total = sum(tensor.num_bytes for tensor in tensors)
+    bins: list[list[Tensor]] = [[] for _ in range(1 if total <= max_bytes * SINGLE_FILE else -(-total // max_bytes))]
     filled = [0] * len(bins)
     for tensor in tensors:
         emptiest = filled.index(min(filled))

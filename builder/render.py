@@ -21,7 +21,7 @@ import jinja2
 import yaml
 
 from builder.licenses import Obligations, state_changes
-from builder.manifest import Manifest, Release, Serve
+from builder.manifest import Compatibility, Manifest, Release, Serve
 from builder.serving import environment, llama_swap_entry, llama_swap_yaml, serve_command, shell_words
 
 TEMPLATES: Final = Path(__file__).parents[1] / "templates"
@@ -91,6 +91,7 @@ def render_card(
         "library": LIBRARIES[release.scheme[0].layout],
         "obligations": obligations,
         "statement": state_changes(base_model=name_base(release), scheme=describe_format(release).label),
+        "compromises": list_compromises(release),
         "stages": list(records.items()),
         "total": add_up(records),
         "health": list(records["calibrate"].circumstances.health),
@@ -197,6 +198,65 @@ def name_base(release: Release) -> str:
 def describe_format(release: Release) -> Format:
     name = release.scheme[0].name
     return FORMATS.get(name, Format(name, name, ""))
+
+
+def list_compromises(release: Release) -> list[str]:
+    """Where a release differs from new ones because it reproduces an older tool's files, a sentence each."""
+    scheme, compatibility = release.scheme[0], release.compatibility
+    if compatibility == Compatibility():
+        return []
+    template, copied = compatibility.export_template is not None, compatibility.copied_files
+    sentences = (
+        (
+            scheme.input_scale == "unit",
+            "The input scales are the constant 1; a new release measures them on calibration rows.",
+        ),
+        (
+            not scheme.block_scale_floor,
+            "Scales of blocks that are tiny beside their tensor may have become 0; a new release holds them at 2^-9.",
+        ),
+        (
+            template,
+            "config.json says use_cache: false, which is an export template's and not the base's: unless asked "
+            "otherwise, generation runs without a cache; a new release has the base's own.",
+        ),
+        (
+            template,
+            "generation_config.json is an export template's, without the base's token ids and sampling defaults; a "
+            "new release has the base's own.",
+        ),
+        (
+            template,
+            "hf_quant_config.json does not say that lm_head is left out; a new release does.",
+        ),
+        (
+            copied is not None,
+            f"Of the base's other files only these are taken along: {', '.join(copied or ('none',))}; a new release "
+            "takes all, the chat template with them.",
+        ),
+        (
+            compatibility.producer is not None,
+            f"The configs name {compatibility.producer} as their producer; a new release names the version it follows.",
+        ),
+        (
+            not compatibility.header_metadata,
+            "The headers of the weight files do not say format: pt, which some readers ask for; a new release does.",
+        ),
+        (
+            not compatibility.total_parameters,
+            "The index does not count the parameters; a new release does.",
+        ),
+        (
+            not compatibility.final_newline,
+            "Configs and index end without a line end; a new release ends them with one.",
+        ),
+        (
+            not compatibility.license_texts,
+            "The licences' texts and the notice they ask for are not here: whoever passes the model on has to add "
+            "them; a new release has them.",
+        ),
+    )
+    return [sentence for holds, sentence in sentences if holds]
 
 
 def describe_serving(manifest: Manifest, serve: Serve, num_bytes: int | None) -> dict[str, Any]:

@@ -91,10 +91,12 @@ def verify_artifact(
 ) -> Report:
     """Compare an artifact with its base model and with what was planned.
 
-    expected: scheme, layout, input_scale, block_scale_floor, generation_config, ignore; `tensors` {name: {dtype, shape,
+    expected: scheme, layout, input_scale, block_scale_floor, ignore; `tensors` {name: {dtype, shape,
     file}}; `quantized` module names; `fused` lists of module names that share a global scale; `unused` (may be absent)
     tensors of the base that the model has no place for. May be absent as well: `payload` {name: sha256} of every file;
-    `beside` names of files that may lie around it; `input_amax` {linear: hex float} as calibration measured it.
+    `beside` names of files that may lie around it; `input_amax` {linear: hex float} as calibration measured it;
+    `from_template`, whether the configs are meant to be those of an export template, and `copied_files`, the names of
+    the base's files that are meant to be here if not all are: what is worse for that is a warning.
     sample: how many fused sets the reference library quantizes again; 0 for none.
     whole_model: load it with transformers; None decides by the memory there is.
     Raises BaseError if the base cannot be read, VerifyError if the scheme is unknown here or a helper process dies.
@@ -278,6 +280,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         self.layout: str = self.expected["layout"]
+        self.from_template = bool(self.expected.get("from_template"))
         self.source = read_base(self.base)
         self.quantized: list[str] = list(self.expected["quantized"])
         grouped = {module for group in self.expected["fused"] for module in group}
@@ -688,6 +691,9 @@ COPIED = (
 )
 
 
+LEAKED = ("use_cache",)  # what an export template has otherwise than its base, and nobody restores
+
+
 def check_config(reading: Reading) -> None:
     config = read_json(reading.artifact / "config.json")
     if not isinstance(config, dict):
@@ -698,7 +704,10 @@ def check_config(reading: Reading) -> None:
     for key in sorted(ours.keys() | theirs.keys()):
         if key not in ours or key not in theirs or ours[key] != theirs[key]:
             found, wanted = (json.dumps(side[key]) if key in side else "absent" for side in (ours, theirs))
-            reading.add("config", f"config.json: {key}", f"{found}, in the base {wanted}", "add the fix restore-config")
+            known = reading.from_template and (key in LEAKED or "absent" in (found, wanted))
+            severity: Severity = "warning" if known else "error"
+            fix = "remove compatibility.export_template" if known else "add the fix restore-config"
+            reading.add("config", f"config.json: {key}", f"{found}, in the base {wanted}", fix, severity)
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -724,7 +733,8 @@ def check_quantization_config(reading: Reading) -> None:
         wrong += differences(MODELOPT_FILE, beside, "hf_quant_config.json")
         quantization = beside.get("quantization") if isinstance(beside, dict) else None
         excluded = quantization.get("exclude_modules") if isinstance(quantization, dict) else None
-        check_ignore(reading, excluded, "hf_quant_config.json: exclude_modules")
+        severity: Severity = "warning" if reading.from_template else "error"
+        check_ignore(reading, excluded, "hf_quant_config.json: exclude_modules", severity)
     elif isinstance(group, dict) and group.get("format", "nvfp4-pack-quantized") != "nvfp4-pack-quantized":
         wrong.append(f"config_groups.*.format is {group['format']!r}, not 'nvfp4-pack-quantized'")
     for sentence in wrong:
@@ -744,15 +754,15 @@ def differences(wanted: Mapping[str, Any], found: Any, path: str = "") -> Iterat
             yield f"{here} is {json.dumps(found.get(key))}, not {json.dumps(value)}"
 
 
-def check_ignore(reading: Reading, ignore: Any, where: str) -> None:
+def check_ignore(reading: Reading, ignore: Any, where: str, unlisted: Severity = "error") -> None:
+    """unlisted: how grave it is that a linear which was not quantized is not listed."""
     patterns = ignore if isinstance(ignore, list) else []
     required = {*reading.unquantized_linears(), *reading.expected["ignore"]}
     reading.counts["quantization config"] += len(required) + len(reading.quantized)
     for module in sorted(required):
         if not any(matches(module, pattern, reading.layout) for pattern in patterns):
-            reading.add(
-                "quantization config", where, f"{module} is not quantized, but not listed", f"list {module} there"
-            )
+            what = f"{module} is not quantized, but not listed"
+            reading.add("quantization config", where, what, f"list {module} there", unlisted)
     for module in reading.quantized:
         for pattern in patterns:
             if matches(module, pattern, reading.layout):
@@ -768,16 +778,25 @@ def matches(module: str, pattern: str, layout: str) -> bool:
 
 def check_copied_files(reading: Reading) -> None:
     for name in sorted(copied_names(reading.base) | copied_names(reading.artifact)):
-        if name == "generation_config.json" and reading.expected["generation_config"] != "copied":
-            continue
         reading.counts["copied files"] += 1
         ours, theirs = reading.artifact / name, reading.base / name
+        switch = find_switch(reading, name)
+        severity: Severity = "warning" if switch else "error"
+        copy = f"remove compatibility.{switch}" if switch else "copy it from the base"
         if not ours.is_file():
-            reading.add("copied files", name, "the base has this file, the artifact has not", "copy it from the base")
+            reading.add("copied files", name, "the base has this file, the artifact has not", copy, severity)
         elif not theirs.is_file():
-            reading.add("copied files", name, "the base has no such file", f"remove {name}")
+            reading.add("copied files", name, "the base has no such file", f"remove {name}", severity)
         elif ours.read_bytes() != theirs.read_bytes():
-            reading.add("copied files", name, "its bytes differ from the base's", "copy it from the base")
+            reading.add("copied files", name, "its bytes differ from the base's", copy, severity)
+
+
+def find_switch(reading: Reading, name: str) -> str | None:
+    """The switch of the manifest that has a file not be the base's."""
+    if reading.from_template and name == "generation_config.json":
+        return "export_template"
+    copied = reading.expected.get("copied_files")
+    return "copied_files" if copied is not None and name not in copied else None
 
 
 def copied_names(folder: Path) -> set[str]:

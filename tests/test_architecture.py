@@ -29,6 +29,7 @@ IN_ORDER = (
     "streaming",
     "parts",
     "artifact",
+    "export_template",
     "worker",
     "executors",
     "fixes",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from builder.artifact import Draft, link_file, write_index
@@ -77,6 +78,17 @@ def test_a_tensor_added_to_a_draft_leaves_the_part_it_was_linked_from(tmp_path: 
     index = draft.read_json(INDEX)
     assert index["weight_map"] == draft.tensor_names()
     assert index["metadata"] == {"total_parameters": 18, "total_size": 40 + 4 + 6}
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_tensor_added_to_a_draft_leaves_the_header_s_metadata_as_they_are(
+    tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    draft = make_draft(tmp_path)
+    save_file({"a.weight": torch.zeros(2)}, draft.folder / "a.safetensors", metadata=metadata)
+    draft.add_tensors("a.safetensors", {"a.input_scale": torch.tensor(0.5)})
+    with safe_open(draft.folder / "a.safetensors", framework="pt") as opened:
+        assert opened.metadata() == metadata and set(opened.keys()) == {"a.weight", "a.input_scale"}
 
 
 def test_a_tensor_added_a_second_time_counts_once(tmp_path: Path) -> None:

@@ -395,6 +395,25 @@ def test_layers_of_the_base_beyond_those_its_config_counts_are_not_missed(base: 
     assert FIXES["renumber-layers"].detect(draft) is None
 
 
+def test_of_a_template_s_config_only_what_was_shrunk_is_restored_and_in_the_published_order(base: Path) -> None:
+    draft = replace(make_draft(base), from_template=True, spell=json.dumps)
+    quantization = draft.read_json("config.json")["quantization_config"]
+    template = {"eos_token_id": None, "head_dim": 16, "use_cache": False, "quantization_config": quantization}
+    draft.write_json("config.json", {"num_hidden_layers": 1, **template})
+    [record] = apply_fixes(draft, [FIXES["restore-config"]])
+    assert record.evidence == (
+        "In config.json num_hidden_layers is 1, but 2 in the base; vocab_size is absent, but 64 in the base; "
+        "pad_token_id is absent, but 2 in the base; and 3 more."
+    )
+    config = draft.read_json("config.json")
+    assert list(config) == [
+        *("num_hidden_layers", "eos_token_id", "head_dim", "use_cache", "quantization_config"),
+        *("vocab_size", "pad_token_id", "bos_token_id", "architectures"),
+    ]
+    assert config["use_cache"] is False and config["quantization_config"] == quantization
+    assert {key: config[key] for key in CONFIG if key in config and key != "use_cache"}.items() <= CONFIG.items()
+
+
 def test_a_cure_that_does_not_help_stops_the_build(base: Path) -> None:
     draft = make_draft(base)
     leak_generation_config(draft)

@@ -257,10 +257,19 @@ files, fixes, llama_swap, manifest, perplexity, repo, sampling, scheme, serve, s
 unknown key files.max_byte
   in releases/tiny.yaml:7:13: files.max_byte: 1
   fix: did you mean max_bytes? Valid: max_bytes, packing""",
+    "compatibility: {producr: old}": """\
+unknown key compatibility.producr
+  in releases/tiny.yaml:6:26: compatibility.producr: old
+  fix: did you mean producer? Valid: copied_files, export_template, final_newline, header_metadata, license_texts, \
+producer, total_parameters""",
     "compatibility: {producer: old}": """\
-unknown key compatibility.producer
+compatibility.producer must be a tool and its version, such as modelopt 0.43.0, not old
   in releases/tiny.yaml:6:27: compatibility.producer: old
-  fix: remove it; this section has no keys yet""",
+  fix: write for example producer: modelopt 0.43.0""",
+    "compatibility: {export_template: transformers 4.56.0}": """\
+compatibility.export_template must be transformers 4.57.0 or a later 4.57, not transformers 4.56.0
+  in releases/tiny.yaml:6:34: compatibility.export_template: transformers 4.56.0
+  fix: write for example export_template: transformers 4.57.6""",
     "files: {max_bytes: 5 gigs}": """\
 files.max_bytes must be a number of bytes, or a size in kB, MB, GB, KiB, MiB or GiB, not 5 gigs
   in releases/tiny.yaml:6:20: files.max_bytes: 5 gigs

@@ -131,7 +131,6 @@ def plan_of(artifact: Path, layout: str) -> dict[str, Any]:
         "quantized": [module for group in fused for module in group],
         "fused": fused,
         "ignore": ["lm_head"],
-        "generation_config": "copied",
     }
 
 

@@ -7,11 +7,15 @@ from builder.artifact import Draft
 from builder.fixes.fix import Fix, list_briefly
 
 OWN = ("quantization_config", "transformers_version")  # what the artifact may say by itself
+SHRUNK = (  # all that the published pipeline puts back, in its order; it writes a None where the base has one
+    *("num_hidden_layers", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "architectures"),
+)
 
 
 def detect(draft: Draft) -> str | None:
     ours, theirs = describe_model(draft.read_json("config.json")), describe_model(draft.read_base_json("config.json"))
-    wrong = [key for key in sorted(ours.keys() | theirs.keys()) if show(ours, key) != show(theirs, key)]
+    keys = [key for key in SHRUNK if key in theirs] if draft.from_template else sorted(ours.keys() | theirs.keys())
+    wrong = [key for key in keys if show(ours, key) != show(theirs, key)]
     if not wrong:
         return None
     told = [f"{key} is {show(ours, key)}, but {show(theirs, key)} in the base" for key in wrong]
@@ -28,8 +32,12 @@ def show(config: dict[str, Any], key: str) -> str:
 
 
 def apply(draft: Draft) -> None:
-    quantization = draft.read_json("config.json")["quantization_config"]
-    draft.write_json("config.json", {**draft.read_base_json("config.json"), "quantization_config": quantization})
+    config, base = draft.read_json("config.json"), draft.read_base_json("config.json")
+    if draft.from_template:
+        config |= {key: base[key] for key in SHRUNK if key in base}
+    else:
+        config = {**base, "quantization_config": config["quantization_config"]}
+    draft.write_json("config.json", config)
 
 
 FIX = Fix(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from builder import lock
 from builder.base import INDEX, list_base_files
 from builder.digests import identify_file
 from builder.errors import BuildError
-from builder.files import read_json, sha256_file, sync_folder, write_atomic, write_json
+from builder.files import canonical_json, read_json, sha256_file, sync_folder, write_atomic, write_json
+from builder.manifest import Compatibility
 from builder.plan import Plan
 from builder.schemes import Scheme, bind_scheme
 from builder.stages.plan import make_plan
@@ -49,9 +52,19 @@ def run(workspace: Workspace) -> Outcome:
     draft.mkdir(parents=True)
     base = workspace.base_folder()
     write_draft(workspace, plan, scheme, draft, base)
-    folder = Draft(draft, base, scheme.layout, workspace.manifest.release.scheme[0].input_scale, plan.ignore)
+    release = workspace.manifest.release
+    folder = Draft(
+        draft,
+        base,
+        scheme.layout,
+        release.scheme[0].input_scale,
+        plan.ignore,
+        from_template=release.compatibility.export_template is not None,
+        spell=choose_spelling(release.compatibility),
+    )
     records = apply_fixes(folder, bind_fixes(workspace.manifest))
-    write_licenses(workspace, draft, base)
+    if release.compatibility.license_texts:
+        write_licenses(workspace, draft, base)
     untouched = {name: sha for name, sha in known.items() if (draft / name).samefile(workspace.parts / name)}
     compare_with_plan(plan, draft)
     payload = hash_payload(
@@ -98,21 +111,54 @@ def splice_files(workspace: Workspace, plan: Plan) -> dict[str, str]:
 
 def write_draft(workspace: Workspace, plan: Plan, scheme: Scheme, draft: Path, base: Path) -> None:
     """Weights, index, configs, and the base's own companions byte for byte."""
-    from builder.artifact import link_file, write_config, write_index
+    from builder.artifact import link_file, write_index
 
+    compatibility = workspace.manifest.release.compatibility
     for file in plan.files:
         link_file(workspace.parts / file.name, draft / file.name)
     if len(plan.files) > 1:
         data_bytes = sum(tensor.num_bytes for tensor in plan.tensors.values())
-        write_index(draft, plan.weight_map, data_bytes, plan.architecture.num_parameters)
-    config = read_json(base / "config.json")
-    embeddings = plan.architecture.embeddings
-    write_config(draft / "config.json", config, scheme.quantization_config(plan.ignore, embeddings))
-    for name, content in scheme.extra_configs(plan.ignore, embeddings).items():
-        write_json(draft / name, content)
+        num_parameters = plan.architecture.num_parameters if compatibility.total_parameters else None
+        write_index(draft, plan.weight_map, data_bytes, num_parameters, choose_spelling(compatibility))
     for name in list_base_files(base):
-        if is_companion(name):
+        if name in compatibility.copied_files if compatibility.copied_files is not None else is_companion(name):
             write_atomic(draft / name, (base / name).read_bytes())
+    write_configs(compatibility, plan, scheme, draft, base)
+
+
+def write_configs(compatibility: Compatibility, plan: Plan, scheme: Scheme, draft: Path, base: Path) -> None:
+    """config.json and what the layout needs beside it: the base's own, or those of an export template."""
+    from builder.artifact import write_config
+    from builder.export_template import describe_generation, describe_template
+
+    config, embeddings = read_json(base / "config.json"), plan.architecture.embeddings
+    quantization = scheme.quantization_config(plan.ignore, embeddings)
+    beside = scheme.extra_configs(plan.ignore, embeddings)
+    if template := compatibility.export_template:
+        config = describe_template(config, template, str(base / "config.json"))
+        # Of its linears the template leaves none out; the pipeline adds lm_head to one file and forgets the other.
+        quantization, beside = scheme.quantization_config(["lm_head"]), scheme.extra_configs([])
+        write_json(draft / "generation_config.json", describe_generation(template))
+    producer = compatibility.producer
+    write_config(draft / "config.json", config, name_producer(quantization, producer), choose_spelling(compatibility))
+    for name, content in beside.items():
+        write_atomic(draft / name, choose_spelling(compatibility, indent=4)(name_producer(content, producer)))
+
+
+def name_producer(config: dict[str, Any], producer: str | None) -> dict[str, Any]:
+    """A config of the modelopt layout under another exporter's name and version; as it is if None."""
+    if producer is None:
+        return config
+    name, _, version = producer.partition(" ")
+    return {**config, "producer": {"name": name, "version": version}}
+
+
+def choose_spelling(compatibility: Compatibility, indent: int = 2) -> Callable[[Any], str]:
+    """How configs and index are written: keys sorted, or as an exporter put them, then with this indent."""
+    end = "\n" if compatibility.final_newline else ""
+    if compatibility.export_template:
+        return lambda value: json.dumps(value, indent=indent) + end
+    return lambda value: canonical_json(value).rstrip("\n") + end
 
 
 def is_companion(name: str) -> bool:

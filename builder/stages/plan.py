@@ -38,6 +38,7 @@ def read(workspace: Workspace) -> Any:
         "shards": release.shards,
         "executor": name_executor(workspace),
         "files": release.files.model_dump(mode="json"),
+        "compatibility": release.compatibility.model_dump(mode="json"),
         "calibration": release.calibration and release.calibration.model_dump(mode="json"),
         "data": release.calibration and release.calibration.path and workspace.digest_file(release.calibration.path),
         "perplexity": release.perplexity and workspace.digest_file(release.perplexity.path),
@@ -61,7 +62,29 @@ def make_plan(workspace: Workspace, base: Path | None = None) -> Plan:
     from builder.families import recall_architecture
 
     where = manifest.where("base", "path" if manifest.release.base.path else "model")
-    return plan_release(manifest, bind_scheme(manifest), recall_architecture(config, where), headers)
+    plan = plan_release(manifest, bind_scheme(manifest), recall_architecture(config, where), headers)
+    check_template(manifest, config, plan)
+    return plan
+
+
+def check_template(manifest: Manifest, config: dict[str, Any], plan: Plan) -> None:
+    """Refuse a base whose configs an export template would have left in a way that is not known here."""
+    from builder.export_template import describe_template
+
+    template = manifest.release.compatibility.export_template
+    if template is None:
+        return
+    where = manifest.where("compatibility", "export_template")
+    describe_template(config, template, where)
+    if plan.architecture.tied or plan.ignore != ("lm_head",):
+        why = "lm_head is tied, and its pipeline stored a copy"
+        if not plan.architecture.tied:
+            why = f"its pipeline quantized all but lm_head, {', '.join(sorted({*plan.ignore} - {'lm_head'})[:1])} too"
+        raise ManifestError(
+            f"an export template is not for this release: {why}",
+            where,
+            "remove export_template: the configs are then the base's own",
+        )
 
 
 def read_base(folder: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
@@ -81,6 +104,7 @@ def bind_names(workspace: Workspace) -> None:
     for bind in (
         lambda: bind_scheme(manifest),
         lambda: bind_fixes(manifest),
+        lambda: check_layout(manifest),
         lambda: bind_executor(workspace),
         lambda: bind_licenses(
             base.licenses, acknowledged=base.acknowledge, license_files=license_files, where=manifest.where
@@ -93,6 +117,22 @@ def bind_names(workspace: Workspace) -> None:
             problems += several.problems
         except BuildError as error:
             problems.append(error)
+    raise_all(problems)
+
+
+def check_layout(manifest: Manifest) -> None:
+    """Refuse switches for the configs of the modelopt layout where another one is written."""
+    compatibility = manifest.release.compatibility
+    layout = next((spec.layout for spec in manifest.release.scheme if spec.layout != "modelopt"), None)
+    problems = [
+        ManifestError(
+            f"compatibility.{switch} is for the layout modelopt, not for {layout}",
+            manifest.where("compatibility", switch),
+            "set scheme.layout: modelopt, or remove it",
+        )
+        for switch in ("producer", "export_template")
+        if layout and getattr(compatibility, switch)
+    ]
     raise_all(problems)
 
 
@@ -136,6 +176,13 @@ def check_inputs(workspace: Workspace, plan: Plan) -> None:
     raise_all(problems)
 
 
+def warn_of_compromises(manifest: Manifest) -> tuple[str, ...]:
+    """What is worse than it need be, because an older tool's files are reproduced."""
+    from builder.render import list_compromises
+
+    return tuple(f"warning (compatibility): {sentence}" for sentence in list_compromises(manifest.release))
+
+
 def warn_of_names(workspace: Workspace) -> tuple[str, ...]:
     """What the licences say of the release's name, unless the publisher has acknowledged it."""
     from builder.licenses import LICENSES, name_warnings
@@ -168,7 +215,8 @@ def run(workspace: Workspace) -> Outcome:
         "disk_needed": needed,
         "disk_free": free,
     }
-    return Outcome(plan.facts(), circumstances, warn_of_names(workspace))
+    warnings = (*warn_of_names(workspace), *warn_of_compromises(workspace.manifest))
+    return Outcome(plan.facts(), circumstances, warnings)
 
 
 def measure_disk(workspace: Workspace, plan: Plan) -> tuple[int, int]:

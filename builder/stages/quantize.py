@@ -20,6 +20,7 @@ def read(workspace: Workspace) -> Any:
         "base": workspace.facts("fetch")["files"],
         "scheme": [spec.model_dump(mode="json") for spec in release.scheme],
         "files": release.files.model_dump(mode="json"),
+        "header_metadata": release.compatibility.header_metadata,
         "amax": workspace.facts("calibrate")["amax"],
     }
 

@@ -20,13 +20,15 @@ def read(workspace: Workspace) -> Any:
         "files": {name: identify_file(workspace.artifact / name) for name in workspace.facts("assemble")["payload"]},
         "base": workspace.facts("fetch")["files"],
         "scheme": [spec.model_dump(mode="json") for spec in workspace.manifest.release.scheme],
+        "compatibility": workspace.manifest.release.compatibility.model_dump(mode="json"),
     }
 
 
 def run(workspace: Workspace) -> Outcome:
     from builder.verify import verify_artifact
 
-    plan, spec = workspace.facts("plan"), workspace.manifest.release.scheme[0]
+    plan, release = workspace.facts("plan"), workspace.manifest.release
+    spec = release.scheme[0]
     expected = {
         "scheme": spec.name,
         "layout": spec.layout,
@@ -46,7 +48,8 @@ def run(workspace: Workspace) -> Outcome:
         "input_amax": {
             linear: kinds["input"] for linear, kinds in workspace.facts("calibrate")["amax"].items() if "input" in kinds
         },
-        "generation_config": "copied",
+        "from_template": release.compatibility.export_template is not None,
+        "copied_files": release.compatibility.copied_files,
     }
     report = verify_artifact(workspace.artifact, workspace.base_folder(), expected, sample=SAMPLE)
     if report.errors:
