@@ -25,11 +25,16 @@ from doit.reporter import ConsoleReporter
 from doit.task import Task
 from rich.console import Console
 
+from builder.comparison import compare_sides, load_side
 from builder.errors import BuildError, ManifestError, nearest
+from builder.files import canonical_json, write_atomic
+from builder.lock import ENDING, compare_versions, list_versions, name_release, require_lock, write_constraints
 from builder.manifest import Manifest, list_releases, load_manifest, show_path
+from builder.published import find_place
 from builder.stages import STAGES, Stage, Workspace, hold, is_current, run_stage
-from builder.stages.stage import clean_stage
-from builder.terminal import print_overview, print_plan, print_summary, show_bytes
+from builder.stages.reproduce import FOLDER, clean_reproduction, compare_with_place, reproduce
+from builder.stages.stage import BUILDER, clean_stage
+from builder.terminal import print_diff, print_overview, print_plan, print_summary, show_bytes
 
 RELEASES = Path("releases")
 BUILD = Path("build")
@@ -40,6 +45,30 @@ ENDINGS = {
     signal.SIGTERM: "ended by SIGTERM",
     signal.SIGHUP: "ended by SIGHUP: its terminal was closed",
 }
+ON_REQUEST = {
+    "reproduce": "build again from the lock alone, and compare every file",
+    "compare": "compare the lock with what was published: --with=FOLDER or --with=OWNER/NAME@COMMIT",
+    "pin": "write the versions that the lock was made with, for pip",
+}
+DIFF = "diff"
+RECALIBRATE = {
+    "name": "recalibrate",
+    "long": "recalibrate",
+    "type": bool,
+    "default": False,
+    "help": "calibrate anew (tier 2 or 3) instead of taking the recorded magnitudes (tier 1)",
+}
+WITH = {
+    "name": "place",
+    "long": "with",
+    "type": str,
+    "default": "",
+    "help": "what was published: a folder, or owner/name@commit",
+}
+BASE = {"name": "base", "long": "base", "type": str, "default": "", "help": "where the base model is on this machine"}
+JSON = {"name": "as_json", "long": "json", "type": bool, "default": False, "help": "as JSON"}
+OPTIONS = tuple(f"--{option['long']}" for option in (RECALIBRATE, WITH, BASE, JSON))
+VALUED = tuple(f"--{option['long']}" for option in (WITH, BASE))
 FORGETFUL = ("forget", "ignore", "reset-dep")  # doit's commands that would change its database
 
 
@@ -147,7 +176,7 @@ class Loader(TaskLoader2):  # type: ignore[misc]
                 manifests[name] = load_manifest(RELEASES / f"{name}.yaml")
             except BuildError as error:
                 manifests[name] = error
-        names = [argument for argument in pos_args if not argument.startswith("-")]
+        names = list_tasks(pos_args)
         tasks = [Task(OVERVIEW, [lambda: print_overview(manifests, Console())])]
         for name, manifest in manifests.items():
             tasks += make_tasks(name, manifest, asked=set(names))
@@ -156,9 +185,23 @@ class Loader(TaskLoader2):  # type: ignore[misc]
             tasks.append(
                 Task(stage.name, None, task_dep=every, has_subtask=True, doc=f"{stage.title} ({stage.name}:NAME)")
             )
+        tasks += make_requests(sorted(map(name_release, RELEASES.glob(f"*{ENDING}"))))
+        if cmd.execute_tasks:
+            check_options(pos_args)
         if cmd.execute_tasks or cmd.get_name() == "clean":
             check_names(names, [task.name for task in tasks])
         return tasks
+
+
+def list_tasks(pos_args: Sequence[str]) -> list[str]:
+    """The tasks that a command line names, without options, their values, and what `diff` compares."""
+    names: list[str] = []
+    for before, argument in zip(["", *pos_args], pos_args, strict=False):
+        if not argument.startswith("-") and before not in VALUED:
+            names.append(argument)
+            if argument == DIFF:
+                break
+    return names
 
 
 def refuse_command(command: str, names: Sequence[str]) -> None:
@@ -169,12 +212,23 @@ def refuse_command(command: str, names: Sequence[str]) -> None:
             "  in the command line\n"
             "  fix: delete a receipt to repeat its step; `doit clean STEP:NAME` takes away what the step left as well"
         )
-    if command == "clean" and (not names or {stage.name for stage in STAGES}.intersection(names)):
+    groups = {stage.name for stage in STAGES} | ON_REQUEST.keys()
+    if command == "clean" and (not names or groups.intersection(names)):
         raise InvalidCommand(
             "`doit clean` takes a release, or one step of a release\n"
             "  in the command line\n"
             f"  fix: doit clean {RELEASE}:NAME, or doit clean {STAGES[-1].name}:NAME; --dry-run only says what would go"
         )
+
+
+def check_options(arguments: Sequence[str]) -> None:
+    """Refuse an option behind a task that no task takes, or a value for one that takes none."""
+    for argument in arguments:
+        option, equals, _ = argument.partition("=")
+        if option.startswith("-") and option not in OPTIONS:
+            raise InvalidCommand(f"no task takes {option}\n  in the command line\n  fix: {nearest(option, OPTIONS)}")
+        if equals and option in OPTIONS and option not in VALUED:
+            raise InvalidCommand(f"{option} takes no value\n  in the command line\n  fix: write {option} alone")
 
 
 def check_names(asked: Sequence[str], valid: Sequence[str]) -> None:
@@ -232,6 +286,119 @@ def make_tasks(name: str, manifest: Manifest | BuildError, asked: set[str]) -> l
     return [summary, *tasks]
 
 
+class Reproduction(Task):  # type: ignore[misc]
+    """A release built again from its lock."""
+
+    def clean(self, outstream: Any, dryrun: bool) -> None:
+        """Take away what was built, and the record of it; or say what that would be."""
+        name = self.name.partition(":")[2]
+        try:
+            removed, freed = clean_reproduction(BUILD, name, dry_run=dryrun)
+        except BuildError as error:
+            raise InvalidCommand(str(error)) from error
+        if removed:
+            verb = "would remove" if dryrun else "removed"
+            outstream.write(f"{self.name}: {verb} {', '.join(map(str, removed))} ({show_bytes(freed)})\n")
+
+
+def make_requests(names: Sequence[str]) -> list[Task]:
+    """The tasks that are no part of a build: what can be done with a lock, and `diff`."""
+    tasks = []
+    for name in names:
+        path = RELEASES / f"{name}{ENDING}"
+        for verb, kind, act, params in (
+            ("reproduce", Reproduction, make_reproduction(path), [RECALIBRATE, WITH, BASE]),
+            ("compare", Task, make_comparison(path), [WITH]),
+            ("pin", Task, make_pin(path), []),
+        ):
+            tasks.append(kind(f"{verb}:{name}", [act], params=params, subtask_of=verb, doc=ON_REQUEST[verb]))
+    for verb, doc in ON_REQUEST.items():
+        every = [f"{verb}:{name}" for name in names]
+        tasks.append(Task(verb, None, task_dep=every, has_subtask=True, doc=f"{doc} ({verb}:NAME)"))
+    doc = "what differs between two releases, folders, locks or Hub repositories (diff ONE TWO [--json])"
+    tasks.append(Task(DIFF, [print_differences], params=[JSON], pos_arg="sides", doc=doc))
+    return tasks
+
+
+def make_reproduction(path: Path) -> Callable[..., TaskFailed | None]:
+    def act(recalibrate: bool, place: str, base: str) -> TaskFailed | None:
+        try:
+            published = find_place(place, "the command line: --with") if place else None
+            result = reproduce(
+                path,
+                BUILD,
+                recalibrate=recalibrate,
+                base=Path(base) if base else None,
+                original=published.folder if published else None,
+            )
+        except BuildError as error:
+            keep_traceback(error, BUILD / FOLDER / name_release(path) / "traceback.txt")
+            return fail(error)
+        except OSError as error:
+            return fail(explain_system(error, f"reproduce:{name_release(path)}"))
+        name = name_release(path)
+        print(f"  tier {result['tier']} on {result['machine_class']}: {result['text']}")
+        print(f"  payload sha256 {result['payload_sha256']}, in {result['seconds']} s")
+        print(f"  `doit card:{name}` puts it on the card")
+        return make_comparison(path)(place) if published else None
+
+    return act
+
+
+def make_comparison(path: Path) -> Callable[..., TaskFailed | None]:
+    def act(place: str) -> TaskFailed | None:
+        try:
+            published = find_place(place, "the command line: --with")
+            verdict = compare_with_place(path, published)
+        except BuildError as error:
+            return fail(error)
+        except OSError as error:
+            return fail(explain_system(error, f"compare:{name_release(path)}"))
+        print(f"  {published}: all {verdict.num_files} files of the payload are the locked ones, bit for bit")
+        if published.repo:
+            others = verdict.num_files - verdict.by_hub
+            print(f"  {verdict.by_hub} by the Hub's own sha256, {others} fetched ({show_bytes(verdict.fetched)})")
+        if verdict.extra:
+            print(f"  beside them: {', '.join(verdict.extra)}")
+        return None
+
+    return act
+
+
+def make_pin(path: Path) -> Callable[[], TaskFailed | None]:
+    def act() -> TaskFailed | None:
+        try:
+            lock = require_lock(path)
+        except BuildError as error:
+            return fail(error)
+        name = name_release(path)
+        file = BUILD / FOLDER / name / "constraints.txt"
+        write_atomic(file, write_constraints(lock, name, str(file)))
+        changes = [str(change) for change in compare_versions(lock, list_versions(), BUILDER)]
+        print(f"  {file}: its first lines say how to install them")
+        print("\n".join(f"  {change}" for change in changes) or "  the environment that runs now is the lock's")
+        return None
+
+    return act
+
+
+def print_differences(as_json: bool, sides: Sequence[str]) -> TaskFailed | None:
+    """The task `diff`."""
+    names = [side for side in sides or () if side != "--json"]
+    try:
+        if len(names) != 2:
+            fix = "doit diff ONE TWO: releases, folders, locks or owner/name@commit; --json for a program"
+            raise BuildError(f"diff compares two things, not {len(names)}", "the command line", fix)
+        found = compare_sides(*(load_side(name, RELEASES, BUILD) for name in names))
+    except BuildError as error:
+        return fail(error)
+    if as_json or "--json" in sides:
+        print(canonical_json(found), end="")
+    else:
+        print_diff(found, Console())
+    return None
+
+
 def make_check(workspace: Workspace, stage: Stage) -> Callable[[], bool]:
     return lambda: is_current(workspace, stage)
 
@@ -249,9 +416,7 @@ def make_action(workspace: Workspace, stage: Stage, *, shown: bool) -> Callable[
             keep_traceback(error, workspace.folder / "traceback.txt")
             return fail(error)
         except OSError as error:
-            place = str(error.filename or f"{stage.name}:{workspace.manifest.name}")
-            fix = "mend that (`dmesg` tells of failing disks), then run the same command again"
-            return fail(BuildError(f"{error.strerror or error}", place, fix))
+            return fail(explain_system(error, f"{stage.name}:{workspace.manifest.name}"))
         if shown:
             print_plan(workspace, Console())
         for line in lines:
@@ -260,6 +425,12 @@ def make_action(workspace: Workspace, stage: Stage, *, shown: bool) -> Callable[
         return None
 
     return act
+
+
+def explain_system(error: OSError, task: str) -> BuildError:
+    """What the system refused, in three lines."""
+    fix = "mend that (`dmesg` tells of failing disks), then run the same command again"
+    return BuildError(f"{error.strerror or error}", str(error.filename or task), fix)
 
 
 def keep_traceback(error: BuildError, path: Path) -> None:

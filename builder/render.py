@@ -73,11 +73,15 @@ LIBRARIES: Final = {"compressed-tensors": "transformers", "modelopt": "Model Opt
 
 
 def render_card(
-    manifest: Manifest, receipts: Mapping[str, Mapping[str, Any]], obligations: Obligations
+    manifest: Manifest,
+    receipts: Mapping[str, Mapping[str, Any]],
+    obligations: Obligations,
+    reproductions: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, str]:
     """The files around the payload, by name: README.md; llama-swap.yaml and serve.sh if there is a serve profile.
 
     receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else.
+    reproductions: what rebuilds from the lock came to.
     Raises ManifestError or Problems for a serve profile that would not arrive as it is written.
     """
     release = manifest.release
@@ -99,6 +103,7 @@ def render_card(
         "checks_run": count_run(records["verify"]),
         "errors": find_severity(records["verify"], "error"),
         "warnings": find_severity(records["verify"], "warning"),
+        "reproductions": list(Measured(reproductions)),
     }
     files = {}
     if release.serve:

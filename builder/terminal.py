@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from builder.comparison import fold_layers, is_same
+from builder.differences import list_changes, show_value
 from builder.manifest import Manifest, show_path
 from builder.stages import STAGES, Workspace
 
@@ -116,6 +118,46 @@ def print_summary(workspace: Workspace, console: Console) -> None:
     console.print()
 
 
+SIGNS = {"added": "+", "removed": "-", "changed": "~"}
+
+
+def print_diff(found: Mapping[str, Any], console: Console) -> None:
+    """What differs between two releases, a line each; the tensors of all layers in one."""
+
+    def tell(text: str) -> None:
+        console.print(escape_lines(text), highlight=False, soft_wrap=True)
+
+    tell(f"{found['one']} -> {found['two']}")
+    for section, spell in (("sizes", show_bytes), ("figures", "{:.6g}".format)):
+        if any(found.get(section, {}).values()):
+            tell(section)
+        for kind, name, (one, two) in list_changes(found.get(section) or {"removed": {}, "added": {}, "changed": {}}):
+            tell(f"  {SIGNS[kind]} {name}: {' -> '.join(spell(value) for value in (one, two) if value is not None)}")
+    tensors = found.get("tensors", {"num_tensors": [0, 0], "moved": 0})
+    if any(tensors.get(kind) for kind in SIGNS) or tensors["moved"]:
+        moved = f", {tensors['moved']} in another file" if tensors["moved"] else ""
+        tell(f"tensors: {tensors['num_tensors'][0]:,} -> {tensors['num_tensors'][1]:,}{moved}")
+        for kind, sign in SIGNS.items():
+            for (name, change), count in fold_layers(tensors[kind]).items():
+                tell(f"  {sign} {name}: {change}" + (f" ({count} of them)" if count > 1 else ""))
+    lock = found.get("lock", {})
+    for name, numbers in (("scales", found.get("scales", {})), ("statistics in the locks", lock.get("amax", {}))):
+        if numbers.get("changed"):
+            count, largest = len(numbers["changed"]), 100 * numbers.get("largest_relative", 0)
+            tell(f"{name}: {count} differ, by {largest:.3g} % at most")
+    parts = {f"{part} in the locks": changes for part, changes in lock.items() if part != "amax"}
+    for name, changes in {**found.get("configs", {}), **parts}.items():
+        tell(name)
+        for kind, key, (one, two) in list_changes(changes):
+            values = {"added": (two,), "removed": (one,), "changed": (one, two)}[kind]
+            shown = " -> ".join(map(show_value, values))
+            tell(f"  {SIGNS[kind]} {key or 'all of it'}: {shown}")
+    if is_same(found):
+        tell("nothing differs in what was compared")
+    for text in found["not_compared"]:
+        tell(f"not compared: {text}")
+
+
 def print_overview(manifests: Mapping[str, Manifest | Exception], console: Console) -> None:
     """The releases there are, the steps each takes, how to begin."""
     console.print("[bold]Releases[/] (doit release:NAME builds one)", highlight=False)
@@ -128,6 +170,11 @@ def print_overview(manifests: Mapping[str, Manifest | Exception], console: Conso
     for stage in STAGES:
         console.print(f"  {stage.name:<12}{stage.title}", highlight=False)
     console.print("\nNothing was built. `doit list --all` shows every task.", highlight=False)
+
+
+def escape_lines(text: str) -> str:
+    """The same, its indent kept."""
+    return text[: len(text) - len(text.lstrip())] + escape(text)
 
 
 def escape(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,12 @@ def write_release(tmp_path: Path) -> Callable[..., Path]:
     return release_writer(tmp_path / "releases")
 
 
-def build(manifest: Path, folder: Path, last: str = "assemble") -> Workspace:
-    """Run the stages of a release up to `last`, in this process."""
+def build(manifest: Path, folder: Path, last: str = "assemble", without: Collection[str] = ()) -> Workspace:
+    """Run the stages of a release up to `last`, in this process; `without` some that no later one reads."""
     workspace = Workspace(load_manifest(manifest), folder)
     for stage in STAGES:
-        run_stage(workspace, stage)
+        if stage.name not in without:
+            run_stage(workspace, stage)
         if stage.name == last:
             return workspace
     raise AssertionError(last)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import build
 from doit.doit_cmd import DoitMain
 
 from builder.base import open_checkpoint
@@ -590,3 +591,71 @@ def test_a_nasty_title_comes_through_every_file_as_text(
     assert done.stdout.splitlines()[0] == 'a "b" $(c) # d'
     assert "/models/with space/$x" in done.stdout.splitlines()
     assert not (project / "pwned").exists()
+
+
+# ------------------------------------------------------------------------------------------------ on request
+
+
+def test_a_release_is_reproduced_compared_pinned_and_diffed_from_the_command_line(
+    doit: Run, project: Path, write_release: Callable[..., Path]
+) -> None:
+    path = write_release(**QUICK)
+    build(path, project / "build" / "tiny", "card", without=("verify", "perplexity"))
+    path.unlink()
+    artifact = project / "build" / "tiny" / "artifact"
+    payload = digest_payload(project / "build" / "tiny")
+
+    told = doit("reproduce:tiny", "--with=build/tiny/artifact")
+    assert told.code == 0, told.err
+    assert re.search(r"^  tier 1 on .+: all \d+ files are the same, bit for bit$", told.out, flags=re.M)
+    assert f"  payload sha256 {payload}, in " in told.out
+    assert "  build/tiny/artifact: all " in told.out
+    assert digest_payload(project / "build" / "_reproduced" / "tiny") == payload
+
+    told = doit("compare:tiny", "--with", "build/tiny/artifact", "pin:tiny")
+    assert (told.code, told.err) == (0, "")
+    assert "beside them: README.md, attestations/lock.json, attestations/provenance.json" in told.out
+    assert "build/_reproduced/tiny/constraints.txt: its first lines say how to install them" in told.out
+    assert "the environment that runs now is the lock's" in told.out
+    assert "torch==" in (project / "build" / "_reproduced" / "tiny" / "constraints.txt").read_text()
+
+    (artifact / "NOTICE").write_text("other")
+    told = doit("compare:tiny", "--with=build/tiny/artifact")
+    assert told.code == 1
+    assert told.err.startswith("NOTICE has 5 bytes, and the locked one ")
+    assert doit("diff", "tiny", "build/_reproduced/tiny/artifact").out.startswith("tiny -> build/_reproduced")
+    found = json.loads(doit("diff", "tiny", "build/_reproduced/tiny/artifact", "--json").out)
+    assert found["sizes"]["changed"].keys() == {"NOTICE"}
+    assert json.loads(doit("diff", "--json", "tiny", "build/_reproduced/tiny/artifact").out) == found
+
+    assert "would remove build/tiny/receipts/reproduce.json, build/_reproduced/tiny" in (
+        doit("clean", "-n", "reproduce:tiny").out
+    )
+    assert doit("clean", "reproduce:tiny").code == 0
+    assert not list((project / "build" / "_reproduced").iterdir())
+    assert artifact.exists()
+
+
+def test_mistakes_in_what_is_requested_are_told(doit: Run, project: Path, write_release: Callable[..., Path]) -> None:
+    build(write_release(**QUICK), project / "build" / "tiny", "lock", without=("verify", "perplexity"))
+    assert "did you mean reproduce:tiny? Valid: reproduce, reproduce:tiny" in doit("reproduce:tyni").err
+    assert doit("compare:tiny").err == (
+        "nothing is neither a folder nor a Hub repository at a commit\n"
+        "  in the command line: --with\n"
+        "  fix: give a folder, or owner/name@ and the 40 hexadecimal digits of the commit\n"
+    )
+    assert doit("diff", "tiny").err == (
+        "diff compares two things, not 1\n"
+        "  in the command line\n"
+        "  fix: doit diff ONE TWO: releases, folders, locks or owner/name@commit; --json for a program\n"
+    )
+    told = doit("reproduce:tiny", "--recalibate")
+    assert told.code == 3
+    assert told.err == (
+        "ERROR: no task takes --recalibate\n"
+        "  in the command line\n"
+        "  fix: did you mean --recalibrate? Valid: --base, --json, --recalibrate, --with\n"
+    )
+    assert "fix: write --recalibrate alone" in doit("reproduce:tiny", "--recalibrate=yes").err
+    assert "tasks take no argument such as recalibrate=" in doit("reproduce:tiny", "recalibrate=1").err
+    assert not (project / "build" / "_reproduced").exists()

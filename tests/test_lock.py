@@ -16,16 +16,21 @@ import pytest
 from conftest import build, release_writer
 
 from builder.errors import BuildError, VerifyError
-from builder.files import write_json
+from builder.files import digest, write_json
 from builder.lock import (
+    FORMAT,
     Comparison,
     compare_amax,
     compare_lock,
+    compare_versions,
     describe_what,
     digest_payload,
     list_versions,
     make_lock,
     read_lock,
+    restore_manifest,
+    warn_of_format,
+    write_constraints,
 )
 from builder.manifest import load_manifest
 from builder.stages import Workspace, lock
@@ -115,9 +120,11 @@ def test_a_lock_is_read_as_it_was_made(calibrated: tuple[Path, Path], tmp_path: 
         machine_classes=made["machine_classes"],
         amax=made["amax"],
         payload=made["payload"],
+        builder=made["builder"],
     )
     write_json(tmp_path / "lock.json", again)
     assert read_lock(tmp_path / "lock.json") == again == made
+    assert made["lock"] == FORMAT and made["lock_sha256"]
     assert read_lock(tmp_path / "absent.json") is None
 
 
@@ -179,8 +186,7 @@ def test_a_payload_that_is_not_the_locked_one_stops_the_build(
     edited = json.loads(path.read_text())
     for name in ("NOTICE", "config.json"):
         edited["payload"][name]["sha256"] = "0" * 64
-    edited["payload_sha256"] = digest_payload(edited["payload"])
-    write_json(path, edited)
+    write_json(path, seal(edited))
     before = path.read_bytes()
     with pytest.raises(VerifyError) as caught:
         lock_release(manifest, tmp_path / "build")
@@ -202,17 +208,25 @@ def locked() -> dict[str, Any]:
     payload = {
         name: {"sha256": letter * 64, "num_bytes": 1} for name, letter in (("config.json", "c"), ("a.safetensors", "a"))
     }
-    return {
-        "lock": "1.0",
+    made = {
+        "lock": FORMAT,
         "name": "tiny",
+        "builder": "1",
         "what": {"scheme": [{"name": "nvfp4"}], "files": {}},
-        "inputs": {"base": {"config.json": {"sha256": "e" * 64}}, "num_rows": 8},
+        "inputs": {"base": {"config.json": {"sha256": "e" * 64, "num_bytes": 1}}, "num_rows": 8},
         "versions": {"torch": "2.13.0", "python": "3.11.7"},
         "machine_classes": [HERE],
         "amax": {"q_proj": {"weight": (0.5).hex(), "input": (4.0).hex()}},
         "payload": payload,
-        "payload_sha256": digest_payload(payload),
     }
+    return seal(made)
+
+
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """A lock that vouches for its content, whatever was done to it."""
+    content = {key: value for key, value in content.items() if key != "lock_sha256"}
+    content["payload_sha256"] = digest_payload(content["payload"])
+    return {**content, "lock_sha256": digest(content)}
 
 
 def change(locked: dict[str, Any], *files: str, **changes: Any) -> dict[str, Any]:
@@ -220,8 +234,7 @@ def change(locked: dict[str, Any], *files: str, **changes: Any) -> dict[str, Any
     changed = copy.deepcopy(locked) | changes
     for name in files:
         changed["payload"][name] = {"sha256": "f" * 64, "num_bytes": 1}
-    changed["payload_sha256"] = digest_payload(changed["payload"])
-    return changed
+    return seal(changed)
 
 
 def measure(weight: float, value: float) -> dict[str, dict[str, str]]:
@@ -339,16 +352,78 @@ def test_a_lock_of_a_later_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildError) as caught:
         read_lock(path)
     assert str(caught.value) == (
-        "tiny.lock.json has format 2.1, but this builder knows 1.0\n"
+        f"tiny.lock.json has format 2.1, but this builder knows {FORMAT}\n"
         f"  in {path}\n"
         "  fix: use the builder it was made with, or delete it to lock anew"
     )
 
 
-def test_a_lock_of_a_later_minor_format_is_read(tmp_path: Path, locked: dict[str, Any]) -> None:
+def test_a_lock_of_a_later_minor_format_is_read_and_warned_of(tmp_path: Path, locked: dict[str, Any]) -> None:
     path = tmp_path / "tiny.lock.json"
-    write_json(path, locked | {"lock": "1.7", "more": 1})
-    assert read_lock(path) == locked | {"lock": "1.7", "more": 1}
+    later = seal(locked | {"lock": "1.70", "more": 1, "inputs": {**locked["inputs"], "weather": "fair"}})
+    write_json(path, later)
+    assert read_lock(path) == later
+    assert warn_of_format(later) == (
+        f"warning: the lock has format 1.70, and this builder knows {FORMAT}: what is new in it is ignored",
+    )
+    assert warn_of_format(locked) == ()
+
+
+def test_a_lock_of_an_earlier_minor_format_is_read_and_written_anew(tmp_path: Path, locked: dict[str, Any]) -> None:
+    path = tmp_path / "tiny.lock.json"
+    old = {key: value for key, value in locked.items() if key not in ("builder", "lock_sha256")} | {"lock": "1.0"}
+    write_json(path, old)
+    assert read_lock(path) == old
+    assert compare_lock(old, locked, path) == Comparison(
+        "replaced", f"every file of the payload is the same, bit for bit; written anew, in format {FORMAT}"
+    )
+
+
+def test_any_flipped_digit_in_a_lock_is_noticed(tmp_path: Path, locked: dict[str, Any]) -> None:
+    path = tmp_path / "tiny.lock.json"
+    write_json(path, locked)
+    text = path.read_text("utf-8")
+    digits = [match.start() for match in re.finditer("[0-9]", text)]
+    assert len(digits) > 50
+    for place in digits:
+        path.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+        with pytest.raises(BuildError):
+            read_lock(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "what"),
+    [
+        (
+            lambda lock: lock["payload"]["config.json"].update(sha256="x"),
+            'payload["config.json"].sha256',
+            " cannot be 'x'",
+        ),
+        (
+            lambda lock: lock["payload"]["config.json"].pop("num_bytes"),
+            'payload["config.json"].num_bytes',
+            " is missing",
+        ),
+        (
+            lambda lock: lock["payload"].update({"../x": lock["payload"]["config.json"]}),
+            'payload["../x"]',
+            " cannot be '../x'",
+        ),
+        (lambda lock: lock["amax"]["q_proj"].update(input="4.x"), "amax.q_proj.input", " cannot be '4.x'"),
+        (lambda lock: lock["inputs"].update(weather="fair"), "inputs.weather", " is unknown"),
+        (lambda lock: lock["machine_classes"].append(7), "machine_classes[1]", " cannot be 7"),
+        (lambda lock: lock.update(what=[]), "what", " cannot be a list"),
+    ],
+)
+def test_what_is_wrong_in_a_lock_is_told_with_its_place(
+    tmp_path: Path, locked: dict[str, Any], change: Callable[[dict[str, Any]], None], place: str, what: str
+) -> None:
+    path = tmp_path / "tiny.lock.json"
+    change(locked)
+    write_json(path, seal(locked))
+    with pytest.raises(BuildError) as caught:
+        read_lock(path)
+    assert str(caught.value) == f"{place}{what}\n  in {path}: {place}\n  fix: {RESTORE}"
 
 
 def test_a_lock_that_was_edited_or_lost_a_part_is_refused(tmp_path: Path, locked: dict[str, Any]) -> None:
@@ -357,11 +432,79 @@ def test_a_lock_that_was_edited_or_lost_a_part_is_refused(tmp_path: Path, locked
     with pytest.raises(BuildError) as caught:
         read_lock(path)
     assert str(caught.value) == f"tiny.lock.json lacks amax, what\n  in {path}\n  fix: {RESTORE}"
+    write_json(path, locked | {"name": "other"})
+    with pytest.raises(BuildError) as caught:
+        read_lock(path)
+    assert caught.value.what == "tiny.lock.json was edited: its lock_sha256 is not its content's"
     locked["payload"]["config.json"]["sha256"] = "0" * 64
     write_json(path, locked)
     with pytest.raises(BuildError) as caught:
         read_lock(path)
     assert caught.value.what == "tiny.lock.json was edited: its payload_sha256 is not its payload's"
+
+
+# ------------------------------------------------------------------------------------ the release, out of its lock
+
+
+def test_the_release_of_a_lock_is_the_manifests(calibrated: tuple[Path, Path]) -> None:
+    path = calibrated[0] / "releases" / "tiny.lock.json"
+    written, restored = (
+        load_manifest(path.parent / "tiny.yaml"),
+        restore_manifest(read_whole(calibrated[0]), path, how={}),
+    )
+    assert {**describe_what(restored), "fixes": None} == describe_what(written)
+    assert restored.name == "tiny" and restored.where("scheme", 0, "name") == f"{path}: what.scheme[0].name"
+
+
+def test_a_lock_whose_release_is_none_names_the_key(locked: dict[str, Any]) -> None:
+    locked["what"] = {"manifest": 1, "base": {"path": "base", "licenses": ["mit"]}, "scheme": [{"nam": "nvfp4"}]}
+    with pytest.raises(BuildError) as caught:
+        restore_manifest(locked, PATH, how={})
+    assert str(caught.value) == (f"what.scheme[0].name is missing\n  in {PATH}: what.scheme[0].name\n  fix: {RESTORE}")
+
+
+def test_a_base_that_is_not_where_it_was_is_had_from_the_hub_or_where_one_says(
+    locked: dict[str, Any], tmp_path: Path
+) -> None:
+    base = {"path": "base", "model": "acme/tiny", "revision": "0" * 40, "licenses": ["mit"]}
+    locked["what"] = {"manifest": 1, "base": base, "scheme": [{"name": "nvfp4"}]}
+    path = tmp_path / "tiny.lock.json"
+    assert restore_manifest(locked, path, how={}).release.base.path is None
+    elsewhere = restore_manifest(locked, path, how={}, base=tmp_path / "mine")
+    assert elsewhere.release.base.path == "base" and elsewhere.resolve("base") == tmp_path / "mine"
+    (tmp_path / "base").mkdir()
+    assert restore_manifest(locked, path, how={}).resolve("base") == tmp_path / "base"
+
+
+def test_tools_that_differ_are_told_with_what_they_may_change(locked: dict[str, Any]) -> None:
+    tools = ("nvidia-modelopt", "python", "release-builder", "tokenizers", "torch", "numpy")
+    found = dict(zip(tools, ("0.47.0", "3.11.9", "0.2.0", "0.22.3", "2.13.0+cu130", "2.4.6"), strict=True))
+    was = ("0.46.0", "3.11.7", "0.1.0", "0.22.2", "2.13.0+cpu", "2.4.6")
+    locked["versions"] = dict(zip(tools, was, strict=True))
+    changes = compare_versions(locked, found, "2")
+    assert {change.tool: change.tier for change in changes} == {
+        "the builder's number": 1,
+        "nvidia-modelopt": 1,
+        "python": None,
+        "release-builder": None,
+        "tokenizers": 2,
+        "torch": 3,
+    }
+    assert str(changes[1]) == "nvidia-modelopt is 0.47.0, and was 0.46.0: its arithmetic makes the weights"
+    (python,) = [c for c in compare_versions(locked, {**found, "python": "3.12.0"}, "1") if c.tool == "python"]
+    assert python.tier == 1
+    assert compare_versions(locked, locked["versions"], "1") == []
+
+
+def test_constraints_name_every_tool_of_a_lock(locked: dict[str, Any]) -> None:
+    locked["versions"] = {"python": "3.11.7", "torch": "2.13.0+cpu", "numpy": "2.4.6", "release-builder": "0.1.0"}
+    lines = write_constraints(locked, "tiny", "build/c.txt").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        "numpy==2.4.6",
+        "torch==2.13.0  # the build for cpu",
+    ]
+    assert "#   python3.11 -m venv .venv-tiny" in lines
+    assert "#   .venv-tiny/bin/pip install --constraint build/c.txt --editable ." in lines
 
 
 def test_what_is_locked_is_not_what_is_shown(write_release: Callable[..., Path]) -> None:

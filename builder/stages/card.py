@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from builder.files import sha256_file, write_atomic
+from builder.files import canonical_json, sha256_file, write_atomic
+from builder.lock import ATTESTATIONS
+from builder.provenance import make_statement
 from builder.stages.assemble import gather_obligations
+from builder.stages.lock import gather_lock
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
 
@@ -18,15 +21,35 @@ def read(workspace: Workspace) -> Any:
     return {
         "what": workspace.manifest.what(),
         "receipts": {stage: workspace.receipt(stage) for stage in CARD_AFTER},
+        "reproductions": list_reproductions(workspace),
         "templates": {path.name: sha256_file(path) for path in sorted(TEMPLATES.iterdir()) if path.is_file()},
     }
+
+
+def list_reproductions(workspace: Workspace) -> list[dict[str, Any]]:
+    """What rebuilds of this very payload came to, the latest of each tier."""
+    receipt = workspace.receipt("reproduce")
+    results = receipt["facts"]["results"] if receipt else []
+    payload = workspace.facts("assemble")["payload_sha256"]
+    return [result for result in results if result["payload_sha256"] == payload]
+
+
+def attest(workspace: Workspace) -> dict[str, str]:
+    """The files about the payload that are no part of it: its lock, its provenance, what rebuilds of it came to."""
+    lock, reproductions = gather_lock(workspace), list_reproductions(workspace)
+    contents = (lock, make_statement(lock), {"reproductions": reproductions} if reproductions else None)
+    return {name: canonical_json(content) for name, content in zip(ATTESTATIONS, contents, strict=True) if content}
 
 
 def run(workspace: Workspace) -> Outcome:
     from builder.render import render_card
 
     receipts = {stage: receipt for stage in CARD_AFTER if (receipt := workspace.receipt(stage))}
-    files = render_card(workspace.manifest, receipts, gather_obligations(workspace, workspace.base_folder()))
+    obligations = gather_obligations(workspace, workspace.base_folder())
+    files = render_card(workspace.manifest, receipts, obligations, list_reproductions(workspace))
+    files |= attest(workspace)
+    for name in set(ATTESTATIONS) - files.keys():
+        (workspace.artifact / name).unlink(missing_ok=True)
     for name, text in files.items():
         write_atomic(workspace.artifact / name, text)
         if name.endswith(".sh"):

@@ -55,7 +55,8 @@ def compare_inputs(workspace: Workspace, files: Mapping[str, Mapping[str, Any]])
     if locked is None:
         return
     was, now = locked["what"]["base"], lock.describe_what(workspace.manifest)["base"]
-    if lock.without_places("base", was) != lock.without_places("base", now):
+    restored = isinstance(workspace.manifest, lock.LockedManifest)
+    if not restored and lock.without_places("base", was) != lock.without_places("base", now):
         return
     wanted = locked["inputs"]["base"]
     for name in sorted(wanted.keys() | files.keys()):
@@ -65,7 +66,7 @@ def compare_inputs(workspace: Workspace, files: Mapping[str, Mapping[str, Any]])
             raise BuildError(
                 f"{name} of the base model is not the locked one (sha256 {found}, locked {locked_sha})",
                 str(workspace.lock_path),
-                f"restore {name}; or delete the lock to release from the base as it is now",
+                f"restore {name}" + ("" if restored else "; or delete the lock to release from the base as it is now"),
             )
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from builder.errors import BuildError
+from builder.lock import ATTESTATIONS
 from builder.progress import SUFFIX
 from builder.render import CARD_FILES
 from builder.stages.workspace import Workspace
@@ -16,7 +17,7 @@ LEFT = {
     "calibrate": ("calibration",),
     "quantize": ("parts",),
     "assemble": ("draft", "artifact.old", "artifact"),
-    "card": tuple(f"artifact/{name}" for name in CARD_FILES),
+    "card": tuple(f"artifact/{name}" for name in (*CARD_FILES, *ATTESTATIONS)),
 }
 HELD = ".held"
 TRIFLES = {HELD, "traceback.txt"}

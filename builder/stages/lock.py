@@ -6,18 +6,20 @@ from typing import Any
 
 from builder import lock
 from builder.files import sha256_file, write_json
-from builder.stages.stage import Outcome, Stage
+from builder.stages.stage import BUILDER, Outcome, Stage
 from builder.stages.workspace import Workspace
 
 
 def read(workspace: Workspace) -> Any:
     return {
+        "format": lock.FORMAT,
         "what": lock.describe_what(workspace.manifest),
         "facts": {stage: workspace.facts(stage) for stage in ("fetch", "calibrate", "assemble")},
     }
 
 
-def run(workspace: Workspace) -> Outcome:
+def gather_lock(workspace: Workspace) -> dict[str, Any]:
+    """The lock of what was built, from the receipts."""
     from builder.fixes import bind_fixes
 
     calibrate, assemble = workspace.facts("calibrate"), workspace.facts("assemble")
@@ -31,15 +33,20 @@ def run(workspace: Workspace) -> Outcome:
     if release.base.license_files:
         texts = release.base.license_files.items()
         inputs["license_files"] = {name: workspace.digest_file(path) for name, path in texts}
-    new = lock.make_lock(
+    return lock.make_lock(
         workspace.manifest,
         fixes=tuple(fix.name for fix in bind_fixes(workspace.manifest)),
         inputs=inputs,
         machine_classes=calibrate["machine_classes"],
         amax=calibrate["amax"],
         payload=assemble["payload"],
+        builder=BUILDER,
     )
-    comparison = lock.compare_lock(lock.read_lock(workspace.lock_path), new, workspace.lock_path)
+
+
+def run(workspace: Workspace) -> Outcome:
+    old, new = lock.read_lock(workspace.lock_path), gather_lock(workspace)
+    comparison = lock.compare_lock(old, new, workspace.lock_path)
     if comparison.writes:
         write_json(workspace.lock_path, new)
     facts = {
@@ -50,7 +57,7 @@ def run(workspace: Workspace) -> Outcome:
         "machine_class": ", ".join(new["machine_classes"]),
     }
     circumstances = {"verdict": comparison.verdict, "comparison": comparison.text}
-    return Outcome(facts, circumstances, (f"lock: {comparison.text}",))
+    return Outcome(facts, circumstances, (f"lock: {comparison.text}", *(lock.warn_of_format(old) if old else ())))
 
 
 def is_intact(workspace: Workspace) -> bool:

@@ -191,16 +191,23 @@ def hold(workspace: Workspace) -> Iterator[None]:
 
     The system lets go of the file when its process ends, however it ends; what is written in it is for people alone.
     """
-    path = workspace.folder / HELD
+    with hold_folder(workspace.folder, workspace.manifest.name):
+        yield
+
+
+@contextmanager
+def hold_folder(folder: Path, name: str) -> Iterator[None]:
+    """The same, by the folder that the release called `name` is built in."""
+    path = folder / HELD
     while True:
-        workspace.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise BuildError(
-                    f"{workspace.manifest.name} is being built already, by {file.read().strip() or 'another process'}",
-                    str(workspace.folder),
+                    f"{name} is being built already, by {file.read().strip() or 'another process'}",
+                    str(folder),
                     "wait for it, or end it and run the same command again",
                 ) from error
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):

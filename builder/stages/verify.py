@@ -7,6 +7,7 @@ from typing import Any
 
 from builder.digests import identify_file
 from builder.errors import Problems, VerifyError
+from builder.lock import ATTESTATIONS
 from builder.render import CARD_FILES
 from builder.stages.stage import Outcome, Stage, keep_nothing
 from builder.stages.workspace import Workspace
@@ -44,7 +45,7 @@ def run(workspace: Workspace) -> Outcome:
         "ignore": plan["ignore"],
         "unused": plan["unused"],
         "payload": {name: entry["sha256"] for name, entry in workspace.facts("assemble")["payload"].items()},
-        "beside": list(CARD_FILES),
+        "beside": [*CARD_FILES, *ATTESTATIONS],
         "input_amax": {
             linear: kinds["input"] for linear, kinds in workspace.facts("calibrate")["amax"].items() if "input" in kinds
         },
