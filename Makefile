@@ -6,7 +6,7 @@ READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | sha256sum |
 WORKERS ?= 2
 SIZE ?= 0.5
 
-.PHONY: setup demo test test-gpu check bench cluster crash clean
+.PHONY: setup demo test test-gpu check bench schemes cluster crash clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -40,6 +40,9 @@ check: setup
 bench: setup
 	$(BIN)/python tests/benchmarks/packing.py
 	$(BIN)/python tests/benchmarks/build.py $(SIZE) $(BENCH)
+
+schemes: setup
+	$(BIN)/python tests/benchmarks/schemes.py README.md
 
 cluster: setup
 	$(BIN)/python tests/cluster.py

@@ -49,15 +49,15 @@ def write_index(
 class Draft:
     """An artifact that is complete but not yet accepted: what fixes look at and cure.
 
-    folder: all files of the payload. base: the base model's folder. layout and input_scale: the scheme's.
-    from_template: whether the configs are meant to be an export template's, but for what a fix restores.
-    spell: how a JSON file is written.
+    folder: all files of the payload. base: the base model's folder. layout and input_scale: the scheme's; it may store
+    no scales of inputs. from_template: whether the configs are meant to be an export template's, but for what a fix
+    restores. spell: how a JSON file is written.
     """
 
     folder: Path
     base: Path
     layout: str
-    input_scale: str
+    input_scale: str | None
     ignore: tuple[str, ...]
     from_template: bool = False
     spell: Callable[[Any], str] = canonical_json

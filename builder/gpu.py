@@ -1,6 +1,7 @@
 """The kernels' arithmetic in torch operations, for weights on a GPU: the same bits as `builder.kernels`.
 
-Shapes: O out, I in, H = I / 2, B = I / 16 blocks, K the 16 columns of a block, R the rows of a chunk.
+Shapes: O out, I in, H = I / 2, B = I / 16 blocks, K the 16 columns of a block, R the rows of a chunk, G the groups of
+columns that share a scale.
 
 Two things would change bits. torch divides a CUDA tensor by a *number* as a product with its reciprocal (aten/src/ATen/
 native/cuda/BinaryDivTrueKernel.cu): so every divisor is a tensor on the weight's device. torch.compile divides float32
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from builder.errors import LayoutError
-from builder.kernels import BLOCK, LARGEST_E4M3, SMALLEST_E4M3, check_matrix
+from builder.kernels import BLOCK, INT4_GROUP, LARGEST_E4M3, SMALLEST_E4M3, check_matrix
 
 WORKSPACE_BYTES = 256 << 20
 BYTES_PER_ELEMENT = 13  # of workspace: ratio 4, code as int32 4 and as uint8 1, sign 1, scales 1, copy of a view 2
@@ -68,6 +69,47 @@ def pack_codes(ratios_RBK: torch.Tensor) -> torch.Tensor:
     codes_RBK = torch.bucketize(ratios_RBK.abs_(), bounds, out_int32=True).byte()
     codes_RI = codes_RBK.bitwise_or_(signs_RBK << 3).flatten(1)
     return codes_RI[:, ::2] | codes_RI[:, 1::2] << 4
+
+
+def quantize_fp8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`builder.kernels.quantize_fp8`, where the weight is; codes and scales stay there too."""
+    return round_groups(weight_OI, weight_OI.shape[-1], 448.0, (-448.0, 448.0), torch.float8_e4m3fn)
+
+
+def quantize_int8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`builder.kernels.quantize_int8`, where the weight is; codes and scales stay there too."""
+    return round_groups(weight_OI, weight_OI.shape[-1], 127.5, (-128.0, 127.0), torch.int8)
+
+
+def pack_int4(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`builder.kernels.pack_int4`, where the weight is; codes and scales stay there too."""
+    codes_OI, scales_OG = round_groups(weight_OI, INT4_GROUP, 7.5, (-8.0, 7.0), torch.int8)
+    nibbles_OI = codes_OI.add_(8).view(torch.uint8)
+    return (nibbles_OI[:, ::2] | nibbles_OI[:, 1::2] << 4).view(torch.int32), scales_OG
+
+
+def round_groups(
+    weight_OI: torch.Tensor, group: int, largest: float, bounds: tuple[float, float], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [O, I] of a dtype and bf16 scales [O, I / group], each max |w| / largest, or 2**-7 where that is 0.
+
+    Every step rounds to bf16: ratios, then their bounds, then, for integers, to the nearest, ties to even.
+    """
+    check_matrix(weight_OI, group)
+    refuse_unless_bf16(weight_OI)
+    num_rows, num_columns = weight_OI.shape
+    codes_OI = torch.empty(num_rows, num_columns, dtype=dtype, device=weight_OI.device)
+    scales_OG = torch.empty(num_rows, num_columns // group, dtype=torch.bfloat16, device=weight_OI.device)
+    divisor = torch.tensor(largest, dtype=torch.bfloat16, device=weight_OI.device)
+    step = max(1, WORKSPACE_BYTES // (BYTES_PER_ELEMENT * num_columns))
+    chunks = (torch.split(tensor, step) for tensor in (weight_OI.detach(), codes_OI, scales_OG))
+    for weight_RI, codes_RI, scales_RG in zip(*chunks, strict=True):
+        groups_RGK = weight_RI.unflatten(1, (-1, group))
+        found_RG = groups_RGK.abs().amax(2) / divisor
+        scales_RG.copy_(found_RG.where(found_RG != 0, torch.finfo(torch.bfloat16).eps))
+        ratios_RGK = (groups_RGK / scales_RG.unsqueeze(2)).add_(0.0).clamp_(*bounds)  # -0.0 + 0.0 is +0.0
+        codes_RI.copy_((ratios_RGK.round_() if dtype == torch.int8 else ratios_RGK).flatten(1))
+    return codes_OI, scales_OG
 
 
 def refuse_unless_bf16(weight: torch.Tensor) -> None:

@@ -271,19 +271,36 @@ class Base(Section):
         return path
 
 
+# What the NVFP4 schemes have to choose, and what they choose by themselves.
+NVFP4: Final[Mapping[str, Mapping[str, str]]] = {
+    "nvfp4": {"input_scale": "calibrated", "block_scale_floor": "true"},
+    "nvfp4a16": {"block_scale_floor": "true"},
+}
+
+
 class Scheme(Section):
     name: Name
     """How weights and activations are quantized."""
     layout: Literal["compressed-tensors", "modelopt"] = "compressed-tensors"
     """Tensor names and config that are written; modelopt is for nvfp4 only."""
-    input_scale: Literal["calibrated", "unit"] = "calibrated"
-    """Activation scales of nvfp4: measured on the calibration rows, or 1."""
-    block_scale_floor: Switch = True
-    """Keeps tiny blocks from underflowing; false lets them, as modelopt 0.43 did."""
+    input_scale: Literal["calibrated", "unit"] | None = None
+    """Activation scales of nvfp4: measured on the calibration rows (calibrated, if absent), or 1 (unit)."""
+    block_scale_floor: Switch | None = None
+    """Of nvfp4 and nvfp4a16: keeps tiny blocks from underflowing, if absent; false lets them, as modelopt 0.43 did."""
     ignore: tuple[Text, ...] = ("lm_head",)
     """Modules left as they are."""
     match: Text | None = None
     """In a list of schemes: the modules this one is for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_options(cls, data: object) -> object:
+        """What a lock records of NVFP4 is what was chosen by leaving it out."""
+        if not isinstance(data, dict):
+            return data
+        return data | {
+            key: value for key, value in NVFP4.get(str(data.get("name")), {}).items() if data.get(key) is None
+        }
 
 
 class Calibration(Section):

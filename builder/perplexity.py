@@ -80,6 +80,8 @@ def decompress_in_bands(module: torch.nn.Module) -> None:
     bands = []
     for start in range(0, num_rows, step):
         rows = {name: t[start : start + step] if name in by_row else t for name, t in compressed.items()}
+        if "weight_shape" in rows:  # of codes in words, which tell no width
+            rows["weight_shape"] = torch.tensor([min(step, num_rows - start), module.in_features])
         bands.append(compressor.decompress(rows, scheme))
     by_row = (by_row | {"weight"}) & bands[0].keys()
     whole = {name: torch.cat([band[name] for band in bands]) if name in by_row else t for name, t in bands[0].items()}

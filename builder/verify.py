@@ -26,11 +26,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from builder.errors import BaseError, VerifyError
+from builder.errors import BaseError, VerifyError, nearest
 from builder.files import CHUNK_BYTES, PUBLISHED_MODE, read_json, sha256_file
 from builder.machine import available_memory, end_with_parent
+from builder.readback import (
+    FLOAT4,
+    FLOAT8,
+    LARGEST,
+    NAN,
+    ONE,
+    REBUILD,
+    ROUNDINGS,
+    SMALLEST_NORMAL,
+    USES_SIX,
+    Entry,
+    read_amax,
+    read_base,
+    read_floats,
+    read_header,
+)
 
 CHECKS = {
     "files": "the folder holds only regular files of mode 0644: no links, pickles, code, leftovers or stray weights",
@@ -39,11 +54,12 @@ CHECKS = {
     "index": "index and files name the same tensors in the same files, and the total size is right",
     "plan": "every tensor has the name, dtype, shape and file that were planned",
     "layout": "each quantized linear has exactly the tensors that the layout's loaders read, shaped after the base's",
-    "bits": "quantized linears take 4.5 bits per weight",
+    "bits": "quantized linears take the bits per weight that the scheme promises",
     "unquantized": "every other tensor equals the base's bit for bit, and none is lost",
     "block scales": "block scales are finite and positive, and the largest of each fused set is 448",
     "global scales": "each is the base's amax / 2688 (modelopt) or the inverse (compressed-tensors), to the last bit",
-    "codes": "every block uses its largest code, so nothing was left unwritten",
+    "scales": "each row's or group's scale is the base's amax / the largest code, rounded to bf16, to the last bit",
+    "codes": "every block, row or group uses its largest code, so nothing was left unwritten",
     "dequantized": "rows read back from codes and scales are close to the base's",
     "fused": "linears that inference engines fuse share their global scales",
     "input scales": "all 1 if planned so; else plausible as maxima of activations, neither inverted nor injected",
@@ -54,8 +70,19 @@ CHECKS = {
     "loading": "transformers loads it with no missing or unexpected keys, and a forward gives finite logits",
 }
 
+NVFP4 = ("nvfp4", "nvfp4a16")
+ONLY_OF_NVFP4 = frozenset({"block scales", "global scales", "fused"})
 Severity = Literal["error", "warning"]
-Bytes = npt.NDArray[np.uint8]
+
+
+def list_checks(*schemes: str) -> tuple[str, ...]:
+    """The names of the checks that any of the schemes has."""
+    foreign = set() if "nvfp4" in schemes else {"input scales"}
+    if not set(NVFP4) & set(schemes):
+        foreign |= ONLY_OF_NVFP4
+    if not ROUNDINGS.keys() & set(schemes):
+        foreign.add("scales")
+    return tuple(name for name in CHECKS if name not in foreign)
 
 
 @dataclass(frozen=True)
@@ -74,7 +101,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """checks: how many things each check of CHECKS looked at; 0 means that it did not run."""
+    """checks: how many things each check that the scheme has looked at; 0 means that it did not run."""
 
     findings: tuple[Finding, ...]
     checks: dict[str, int]
@@ -96,14 +123,16 @@ def verify_artifact(
     tensors of the base that the model has no place for. May be absent as well: `payload` {name: sha256} of every file;
     `beside` names of files that may lie around it; `input_amax` {linear: hex float} as calibration measured it;
     `from_template`, whether the configs are meant to be those of an export template, and `copied_files`, the names of
-    the base's files that are meant to be here if not all are: what is worse for that is a warning.
+    the base's files that are meant to be here if not all are: what is worse for that is a warning; and where there are
+    several schemes, `parts`: a list of {scheme, input_scale, block_scale_floor, modules} instead.
     sample: how many fused sets the reference library quantizes again; 0 for none.
     whole_model: load it with transformers; None decides by the memory there is.
     Raises BaseError if the base cannot be read, VerifyError if the scheme is unknown here or a helper process dies.
     """
-    if expected["scheme"] != "nvfp4":
-        raise VerifyError(f"no check knows the scheme {expected['scheme']}", "the plan", "use nvfp4, or skip verifying")
     reading = Reading(artifact, base, expected)
+    schemes = {part["scheme"] for part in reading.parts}
+    for scheme in schemes.difference(NVFP4, ROUNDINGS):
+        raise VerifyError(f"no check knows the scheme {scheme}", "the plan", nearest(scheme, (*NVFP4, *ROUNDINGS)))
     check_files(reading)
     check_digests(reading)
     check_index(reading)
@@ -125,119 +154,9 @@ def verify_artifact(
             check_loading(reading)
         check_reference(reading, reference.result())
     names = tuple(module for group in sampled for module in group)
-    return Report(tuple(reading.findings), {name: reading.counts[name] for name in CHECKS}, loaded, names)
-
-
-# ------------------------------------------------------------------------------------------------ reading the bits
-
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}  # all others take one byte
-REBUILD = "build the release again; if it comes back, this is a defect of the builder"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor's bytes lie. begin: offset in the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    num_bytes: int
-
-    def read(self, begin: int, num_bytes: int) -> Bytes:
-        return np.fromfile(self.file, np.uint8, num_bytes, offset=self.begin + begin)
-
-    def chunks(self) -> Iterator[Bytes]:
-        for begin in range(0, self.num_bytes, CHUNK_BYTES):
-            yield self.read(begin, min(CHUNK_BYTES, self.num_bytes - begin))
-
-    def rows(self, begin: int, end: int) -> Bytes:
-        """Rows [begin, end) of a matrix, as bytes [end - begin, row bytes]."""
-        row_bytes = self.num_bytes // self.shape[0]
-        return self.read(begin * row_bytes, (end - begin) * row_bytes).reshape(end - begin, row_bytes)
-
-    def scalar(self) -> np.float32:
-        """The one value of an F32 tensor of shape [] or [1]."""
-        return np.float32(self.read(0, 4).view(np.float32)[0])
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for chunk in self.chunks():
-            digest.update(chunk.data)
-        return digest.hexdigest()
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file. Raises VerifyError if header and size do not fit together."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 8 + length <= size else b""
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {
-            name: Entry(path, tensor["dtype"], tuple(tensor["shape"]), 8 + length + begin, end - begin)
-            for name, tensor in header.items()
-            for begin, end in [tensor["data_offsets"]]
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VerifyError("the header is not that of a safetensors file", path.name, REBUILD) from error
-    position = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].num_bytes)):
-        item_bytes = ITEM_BYTES.get(entry.dtype, 1)
-        if entry.begin != position or entry.num_bytes != int(np.prod(entry.shape, dtype=np.int64)) * item_bytes:
-            raise VerifyError(f"{name} begins at byte {entry.begin}, not {position}, or ends wrong", path.name, REBUILD)
-        if entry.begin % item_bytes:
-            raise VerifyError(f"{name} ({entry.dtype}) begins at odd byte {entry.begin}", path.name, REBUILD)
-        position += entry.num_bytes
-    if position != size:
-        raise VerifyError(f"the file has {size} bytes, its header describes {position}", path.name, REBUILD)
-    return entries
-
-
-def read_base(base: Path) -> dict[str, Entry]:
-    """Every tensor of the base model, through its index where it has one."""
-    index = read_json(base / "model.safetensors.index.json")
-    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-    entries: dict[str, Entry] = {}
-    for name in names:
-        if not (base / name).is_file():
-            raise BaseError(f"{name} is missing", str(base), "fetch the base model again")
-        entries |= read_header(base / name)
-    return entries
-
-
-def float8_value(code: int) -> float:
-    """The number an F8_E4M3 byte stands for (4 exponent bits, bias 7; 3 of mantissa; 0x7F and 0xFF are NaN)."""
-    sign, exponent, mantissa = -1.0 if code & 0x80 else 1.0, code >> 3 & 0xF, code & 7
-    if code & 0x7F == 0x7F:
-        return float("nan")
-    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
-
-
-FLOAT8 = np.array([float8_value(code) for code in range(256)], np.float32)
-FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-NAN, ONE, LARGEST, SMALLEST_NORMAL = 0x7F, 0x38, 0x7E, 0x08  # F8_E4M3 bytes: NaN, 1.0, 448, 2^-6
-USES_SIX = np.array([byte & 7 == 7 or byte >> 4 & 7 == 7 for byte in range(256)])
-
-
-def read_floats(raw: Bytes, dtype: str) -> npt.NDArray[np.float32]:
-    """Bytes of BF16, F16 or F32, last axis in bytes, as float32."""
-    if dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return raw.view({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
-
-
-def read_amax(entry: Entry) -> float:
-    """The largest magnitude of a BF16, F16 or F32 tensor, in its own precision; inf or NaN if there is one.
-
-    Without the sign bit, such floats are ordered as the integers that their bits spell.
-    """
-    kind: Any = np.uint32 if entry.dtype == "F32" else np.uint16
-    magnitude = kind(np.iinfo(kind).max >> 1)
-    largest = max((kind((chunk.view(kind) & magnitude).max()) for chunk in entry.chunks()), default=kind(0))
-    return float(read_floats(np.array([largest], kind).view(np.uint8), entry.dtype)[0])
+    return Report(
+        tuple(reading.findings), {name: reading.counts[name] for name in list_checks(*schemes)}, loaded, names
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the layouts
@@ -255,15 +174,26 @@ FUSED_BY_ENGINES = (
 )
 
 
-def contract(layout: str, num_outputs: int, num_inputs: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{suffix: (dtype, shape)} of what loaders of the layout read for a linear."""
+def contract(scheme: str, layout: str, num_outputs: int, num_inputs: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{suffix: (dtype, shape)} of what loaders of scheme and layout read for a linear."""
+    if scheme in ROUNDINGS:
+        return ROUNDINGS[scheme].contract(num_outputs, num_inputs)
     scalar = (1,) if layout == "compressed-tensors" else ()
-    return {
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
         CODES[layout]: ("U8", (num_outputs, num_inputs // 2)),
         "weight_scale": ("F8_E4M3", (num_outputs, num_inputs // 16)),
         GLOBAL_SCALE[layout]: ("F32", scalar),
-        INPUT_SCALE[layout]: ("F32", scalar),
     }
+    return tensors if scheme == "nvfp4a16" else {**tensors, INPUT_SCALE[layout]: ("F32", scalar)}
+
+
+def promised_bits(scheme: str) -> tuple[float, tuple[str, ...]]:
+    """Bits per weight, and the suffixes of what they are spent on: scales too, but those of whole rows or tensors."""
+    if scheme in ROUNDINGS:
+        rounding = ROUNDINGS[scheme]
+        shared = 16 / rounding.group if rounding.group else 0
+        return rounding.bits + shared, (rounding.codes, *(["weight_scale"] if shared else []))
+    return 4.5, (*CODES.values(), "weight_scale")
 
 
 @dataclass
@@ -286,6 +216,9 @@ class Reading:
         grouped = {module for group in self.expected["fused"] for module in group}
         self.fused: list[list[str]] = [list(group) for group in self.expected["fused"]]
         self.fused += [[module] for module in self.quantized if module not in grouped]
+        whole = {**self.expected, "modules": self.quantized}
+        self.parts: list[Mapping[str, Any]] = self.expected.get("parts") or [whole]
+        self.part = {module: part for part in self.parts for module in part["modules"]}
         self.base_config = read_json(self.base / "config.json")
         if not isinstance(self.base_config, dict):
             raise BaseError("config.json is missing or not JSON", str(self.base), "fetch the base model again")
@@ -293,6 +226,10 @@ class Reading:
     def add(self, check: str, where: str, what: str, fix: str = REBUILD, severity: Severity = "error") -> None:
         assert check in CHECKS
         self.findings.append(Finding(check, severity, where, what, fix))
+
+    def scheme(self, module: str) -> str:
+        found: str = self.part[module]["scheme"]
+        return found
 
     def codes(self, module: str) -> Entry:
         return self.entries[f"{module}.{CODES[self.layout]}"]
@@ -433,20 +370,24 @@ def check_layout(reading: Reading) -> None:
     """Also fills `reading.sound`, and counts the bits."""
     known = set(reading.source)
     for module in reading.quantized:
+        scheme = reading.scheme(module)
+        promised, counted = promised_bits(scheme)
+        block = ROUNDINGS[scheme].group or 1 if scheme in ROUNDINGS else 16
         weight = reading.source.get(f"{module}.weight")
-        if weight is None or len(weight.shape) != 2 or weight.shape[1] % 16:
-            reading.add("layout", module, "the base has no such matrix whose inputs divide by 16", "correct the plan")
+        if weight is None or len(weight.shape) != 2 or weight.shape[1] % block:
+            what = f"the base has no such matrix whose inputs divide by {block}"
+            reading.add("layout", module, what, "correct the plan")
             continue
         known.discard(f"{module}.weight")
         num_bytes, problems = 0, []
-        for suffix, (dtype, shape) in contract(reading.layout, *weight.shape).items():
+        for suffix, (dtype, shape) in contract(scheme, reading.layout, *weight.shape).items():
             known.add(f"{module}.{suffix}")
             reading.counts["layout"] += 1
             entry = reading.entries.get(f"{module}.{suffix}")
             if entry is None:
                 problems.append(f"{suffix} is missing")
                 continue
-            num_bytes += entry.num_bytes if suffix in (CODES[reading.layout], "weight_scale") else 0
+            num_bytes += entry.num_bytes if suffix in counted else 0
             if (entry.dtype, entry.shape) != (dtype, shape):
                 problems.append(f"{suffix} is {entry.dtype} {list(entry.shape)}, not {dtype} {list(shape)}")
         for problem in problems:
@@ -455,8 +396,8 @@ def check_layout(reading: Reading) -> None:
             reading.sound.add(module)
         bits = 8 * num_bytes / (weight.shape[0] * weight.shape[1])
         reading.counts["bits"] += 1
-        if bits != 4.5:
-            reading.add("bits", module, f"{bits:.3g} bits per weight, the scheme promises 4.5")
+        if bits != promised:
+            reading.add("bits", module, f"{bits:.4g} bits per weight, the scheme promises {promised:g}")
     for name in sorted(reading.entries.keys() - known):
         reading.add("layout", reading.entries[name].file.name, f"{name} belongs neither to the base nor to the layout")
 
@@ -489,12 +430,17 @@ def check_unquantized(reading: Reading) -> None:
 # ------------------------------------------------------------------------------------------------ weights and scales
 
 BAND_ROWS = 64  # rows of each linear that are read back
+BAND_ELEMENTS = 1 << 20
 MAX_RELATIVE_ERROR = 0.2  # about 0.1 for any real weight; the worst 16 values there are reach 0.19
 
 
 def check_weights(reading: Reading, group: Sequence[str]) -> None:
-    """Codes and scales of linears that share a global scale, against the base's weights."""
+    """Codes and scales of linears that share a global scale, if they have any, against the base's weights."""
     if not reading.sound.issuperset(group):
+        return
+    if reading.scheme(group[0]) in ROUNDINGS:
+        for module in group:
+            check_rounded(reading, module)
         return
     amax = max(read_amax(reading.source[f"{module}.weight"]) for module in group)
     multiplier = np.float32(amax) / FULL_SCALE
@@ -522,6 +468,39 @@ def check_weights(reading: Reading, group: Sequence[str]) -> None:
         )
 
 
+def check_rounded(reading: Reading, module: str) -> None:
+    """Every scale of a linear, and every code: of full size where it must be, near the base's weight."""
+    rounding = ROUNDINGS[reading.scheme(module)]
+    weight = reading.source[f"{module}.weight"]
+    codes, scales = (reading.entries[f"{module}.{suffix}"] for suffix in (rounding.codes, "weight_scale"))
+    num_rows, num_columns = weight.shape
+    step = max(1, BAND_ELEMENTS // num_columns)
+    wrong = Counter[str]()
+    for begin in range(0, num_rows, step):
+        end = min(begin + step, num_rows)
+        weights_NK = read_floats(weight.rows(begin, end), weight.dtype)
+        scales_NG = read_floats(scales.rows(begin, end), "BF16")
+        codes_NK = rounding.read_codes(codes.rows(begin, end))
+        wrong["scales"] += int((scales_NG != rounding.make_scales(weights_NK)).sum())
+        wrong["codes"] += rounding.count_idle(codes_NK, weights_NK)
+        wrong["dequantized"] += rounding.count_far(codes_NK, scales_NG, weights_NK)
+    num_scales = scales.num_bytes // 2
+    looked_at = {"scales": num_scales, "codes": num_scales, "dequantized": num_rows}
+    told = {
+        "scales": f"{wrong['scales']} of {num_scales} are not what the base's weights give",
+        "codes": f"{wrong['codes']} of {num_scales} rows or groups never use their largest code",
+        "dequantized": f"{wrong['dequantized']} weights are farther from the base's than rounding brings them",
+    }
+    for check, number in looked_at.items():
+        reading.counts[check] += number
+        if wrong[check]:
+            reading.add(check, f"{module}.weight_scale" if check == "scales" else module, told[check])
+    if "weight_shape" in rounding.contract(*weight.shape):
+        found = reading.entries[f"{module}.weight_shape"].read(0, 16).view(np.int64).tolist()
+        if found != list(weight.shape):
+            reading.add("layout", f"{module}.weight_shape", f"{found}, but the weight is {list(weight.shape)}")
+
+
 def check_blocks(reading: Reading, module: str) -> int:
     """Every block scale and every code of a linear. Returns its largest scale as F8_E4M3 byte, at most 448.
 
@@ -537,7 +516,7 @@ def check_blocks(reading: Reading, module: str) -> int:
         codes_NH = codes.rows(begin, min(begin + step, num_rows))
         bad["NaN"] += int(((scales_NB & 0x7F) == NAN).sum())
         bad["negative"] += int((scales_NB > 0x7F).sum())
-        bad["zero"] += int((scales_NB == 0).sum()) if reading.expected["block_scale_floor"] else 0
+        bad["zero"] += int((scales_NB == 0).sum()) if reading.part[module]["block_scale_floor"] else 0
         used_NB = USES_SIX[codes_NH].view(np.uint64) != 0  # eight bytes to a block
         idle += int((~used_NB & (scales_NB >= SMALLEST_NORMAL) & (scales_NB != ONE)).sum())
         largest = max(largest, int(scales_NB.max()))
@@ -586,8 +565,15 @@ def check_fused(reading: Reading) -> None:
     for group in {tuple(group): None for group in [*reading.fused, *siblings.values()] if len(group) > 1}:
         if not reading.sound.issuperset(group):
             continue
+        schemes = {reading.scheme(module) for module in group}
+        if len(schemes) > 1:
+            what = f"engines run as one what is quantized in different ways: {', '.join(sorted(schemes))}"
+            reading.add("fused", group[0].rpartition(".")[0], what, "give them one scheme")
+        if len(schemes) > 1 or schemes & ROUNDINGS.keys():
+            continue
         reading.counts["fused"] += 1
-        for suffix, read in ((GLOBAL_SCALE, reading.global_scale), (INPUT_SCALE, reading.input_scale)):
+        read_scales = ((GLOBAL_SCALE, reading.global_scale), (INPUT_SCALE, reading.input_scale))
+        for suffix, read in read_scales[: 2 if schemes == {"nvfp4"} else 1]:
             values = {module: read(module).tobytes() for module in group}
             if len(set(values.values())) > 1:
                 listed = ", ".join(f"{module.rpartition('.')[2]} {read(module)!s}" for module in group)
@@ -605,12 +591,12 @@ def check_input_scales(reading: Reading) -> None:
     """
     suffix = INPUT_SCALE[reading.layout]
     recalibrate = "calibrate again, and write the scales in the layout's own direction"
-    scales = {module: reading.input_scale(module) for module in reading.quantized if module in reading.sound}
+    modules = [module for module in reading.quantized if module in reading.sound and reading.scheme(module) == "nvfp4"]
+    scales = {module: reading.input_scale(module) for module in modules}
     reading.counts["input scales"] = len(scales)
-    unit = reading.expected["input_scale"] == "unit"
     usable = {}
     for module, scale in scales.items():
-        where = f"{module}.{suffix}"
+        where, unit = f"{module}.{suffix}", reading.part[module]["input_scale"] == "unit"
         if not (np.isfinite(scale) and scale > 0):
             reading.add("input scales", where, f"{scale!s} is no scale", recalibrate)
         elif unit and scale != 1:
@@ -667,20 +653,34 @@ TENSOR_GROUP = {**FLOAT4_BLOCKS, "strategy": "tensor_group", "symmetric": True}
 QUANTIZATION_CONFIG: dict[str, dict[str, Any]] = {
     "compressed-tensors": {
         "quant_method": "compressed-tensors",
-        "format": "nvfp4-pack-quantized",
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
     },
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": None},
 }
-CONFIG_GROUP: dict[str, dict[str, Any]] = {
-    "compressed-tensors": {
-        "targets": ["Linear"],
-        "weights": {**TENSOR_GROUP, "dynamic": False},
-        "input_activations": {**TENSOR_GROUP, "dynamic": "local"},
-    },
-    # Loaders do not read `dynamic` here, and releases of both kinds are about.
-    "modelopt": {"targets": ["Linear"], "weights": FLOAT4_BLOCKS, "input_activations": FLOAT4_BLOCKS},
+# Loaders do not read `dynamic` here, and releases of both kinds are about.
+MODELOPT_GROUP = {"targets": ["Linear"], "weights": FLOAT4_BLOCKS, "input_activations": FLOAT4_BLOCKS}
+
+
+def by_token(kind: str) -> dict[str, Any]:
+    return {"num_bits": 8, "type": kind, "strategy": "token", "symmetric": True, "dynamic": True}
+
+
+def by_channel(kind: str) -> dict[str, Any]:
+    return {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, "dynamic": False}
+
+
+# In the layout compressed-tensors: the format, and how weights and inputs are quantized.
+FORMATS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "nvfp4": ("nvfp4-pack-quantized", {**TENSOR_GROUP, "dynamic": False}, {**TENSOR_GROUP, "dynamic": "local"}),
+    "nvfp4a16": ("nvfp4-pack-quantized", {**TENSOR_GROUP, "dynamic": False}, None),
+    "fp8_dynamic": ("float-quantized", by_channel("float"), by_token("float")),
+    "w8a8": ("int-quantized", by_channel("int"), by_token("int")),
+    "w4a16": (
+        "pack-quantized",
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, "dynamic": False},
+        None,
+    ),
 }
 MODELOPT_FILE = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}}
 
@@ -724,9 +724,21 @@ def check_quantization_config(reading: Reading) -> None:
         reading.add(check, where, "missing")
         return
     groups = ours.get("config_groups")
-    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    groups = list(groups.values()) if isinstance(groups, dict) else []
     wrong = [*differences(QUANTIZATION_CONFIG[reading.layout], ours)]
-    wrong += differences(CONFIG_GROUP[reading.layout], group, "config_groups.*")
+    if len(groups) != len(reading.parts):
+        wrong.append(f"there are {len(groups)} config_groups, not {len(reading.parts)}")
+    formats = set()
+    for part in reading.parts:
+        form, weights, inputs = FORMATS[part["scheme"]]
+        formats.add(form)
+        targets = ["Linear"] if len(reading.parts) == 1 else sorted(part["modules"])
+        wanted = {"targets": targets, "weights": weights, "input_activations": inputs}
+        alike = [group for group in groups if isinstance(group, dict) and group.get("targets") == targets]
+        group = (alike or groups or [None])[0]
+        wrong += differences(MODELOPT_GROUP if reading.layout == "modelopt" else wanted, group, "config_groups.*")
+        if reading.layout != "modelopt" and isinstance(group, dict) and group.get("format", form) != form:
+            wrong.append(f"config_groups.*.format is {group['format']!r}, not {form!r}")
     check_ignore(reading, ours.get("ignore"), where)
     if reading.layout == "modelopt":
         beside = read_json(reading.artifact / "hf_quant_config.json")
@@ -735,8 +747,8 @@ def check_quantization_config(reading: Reading) -> None:
         excluded = quantization.get("exclude_modules") if isinstance(quantization, dict) else None
         severity: Severity = "warning" if reading.from_template else "error"
         check_ignore(reading, excluded, "hf_quant_config.json: exclude_modules", severity)
-    elif isinstance(group, dict) and group.get("format", "nvfp4-pack-quantized") != "nvfp4-pack-quantized":
-        wrong.append(f"config_groups.*.format is {group['format']!r}, not 'nvfp4-pack-quantized'")
+    else:
+        wrong += differences({"format": formats.pop() if len(formats) == 1 else "mixed-precision"}, ours)
     for sentence in wrong:
         reading.add(check, where, sentence)
 
@@ -836,9 +848,15 @@ def ask_reference(reading: Reading, groups: Sequence[Sequence[str]]) -> dict[str
     """{tensor name: sha256} as the reference library makes them from the base's weights."""
     if not groups:
         return {}
-    files = [{module: str(reading.source[f"{module}.weight"].file) for module in group} for group in groups]
-    floor = reading.expected["block_scale_floor"]
-    return answer("builder.schemes.reference", {"layout": reading.layout, "block_scale_floor": floor, "groups": files})
+    described = [
+        {
+            "scheme": reading.scheme(group[0]),
+            "block_scale_floor": reading.part[group[0]]["block_scale_floor"],
+            "files": {module: str(reading.source[f"{module}.weight"].file) for module in group},
+        }
+        for group in groups
+    ]
+    return answer("builder.schemes.reference", {"layout": reading.layout, "groups": described})
 
 
 def check_reference(reading: Reading, digests: Mapping[str, str]) -> None:
@@ -874,9 +892,9 @@ def check_loading(reading: Reading) -> None:
             reading.add("loading", name, f"transformers reports a key that is {kind}")
     if not told["finite"]:
         reading.add("loading", reading.artifact.name, "the logits of a short forward are not finite")
-    if reading.expected["input_scale"] == "unit":
-        return
     for module, observed in told["observed"].items():
+        if reading.part[module]["input_scale"] != "calibrated":
+            continue
         scale = reading.input_scale(module) if module in reading.sound else np.float32(0)
         if not (observed > 0 and scale > 0 and np.isfinite(scale)):
             continue
@@ -979,10 +997,12 @@ def read_renamed(artifact: Path) -> dict[str, Any]:
 
 
 def as_compressed_tensors(ignore: Iterable[str]) -> dict[str, Any]:
-    layout = "compressed-tensors"
+    form, weights, inputs = FORMATS["nvfp4"]
+    group = {"format": form, "targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
-        **QUANTIZATION_CONFIG[layout],
-        "config_groups": {"group_0": {**CONFIG_GROUP[layout], "format": "nvfp4-pack-quantized"}},
+        **QUANTIZATION_CONFIG["compressed-tensors"],
+        "format": form,
+        "config_groups": {"group_0": group},
         "ignore": list(ignore),
     }
 

@@ -26,7 +26,7 @@ from builder.manifest import Scheme as SchemeSpec
 from builder.parts import Parts, view_bytes
 from builder.plan import PlannedFile, Unit
 from builder.progress import Progress
-from builder.schemes import SCHEMES, Amax, Scheme
+from builder.schemes import Amax, Scheme, bind_specs
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +40,9 @@ HELD_BYTES = 128 << 20  # of weights that are mapped at once
 WRITE_AT_MOST_ONE_IN = 20  # of the seconds of a calibration, one may go into writing hidden states
 
 
-def bind_spec(spec: Mapping[str, Any]) -> Scheme:
+def bind_described(specs: Sequence[Mapping[str, Any]]) -> Scheme:
     """The scheme that a job describes."""
-    parsed = SchemeSpec.model_validate(spec)
-    return SCHEMES[parsed.name](parsed)
+    return bind_specs([SchemeSpec.model_validate(spec) for spec in specs])
 
 
 def open_base(job: Mapping[str, Any]) -> Checkpoint:
@@ -85,7 +84,7 @@ def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
 
     started = time.monotonic()
     stream = LayerStream(open_base(job), job["device"])
-    scheme = bind_spec(job["scheme"])
+    scheme = bind_described(job["scheme"])
     rows = [stream.embed(tokens) for tokens in job["rows"]]
     saved = SavedStates(folder, block, key, job["save_every_s"])
     first, amax = saved.restore(rows)
@@ -245,7 +244,7 @@ def quantize_layers(job: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     units = [UNIT.validate_python(unit) for unit in job["units"]]
     files = [FILE.validate_python(file) for file in job["files"]]
-    checkpoint, scheme, amax = open_base(job), bind_spec(job["scheme"]), read_amax(job["amax"])
+    checkpoint, scheme, amax = open_base(job), bind_described(job["scheme"]), read_amax(job["amax"])
     folder = Path(job["folder"])
     progress = Progress(folder, f"quantize, shard {job['shard'] + 1} of {job['num_shards']}", len(units), "units")
     bytes_in = bytes_out = skipped = 0

@@ -33,6 +33,7 @@ IN_ORDER = (
     "worker",
     "executors",
     "fixes",
+    "readback",
     "verify",
     "perplexity",
     "serving",

@@ -212,7 +212,7 @@ def test_a_defect_is_cured_to_the_byte_and_a_second_application_changes_nothing(
 def test_a_healthy_draft_needs_no_fix_and_is_left_as_it_is(base: Path, layout: str, input_scale: str) -> None:
     draft = make_draft(base, layout, input_scale)
     healthy = read_folder(draft)
-    fixes = [FIXES[name] for name in default_fixes(layout, input_scale)]
+    fixes = [FIXES[name] for name in default_fixes("nvfp4", layout, input_scale)]
     expected = [
         FixRecord(
             fix.name, fix.title, *(("avoided by design", fix.avoided) if fix.avoided else ("not needed", fix.healthy))
@@ -430,10 +430,10 @@ def test_a_cure_that_does_not_help_stops_the_build(base: Path) -> None:
 # ------------------------------------------------------------------------------------------------ what a manifest lists
 
 
-def bind(folder: Path, scheme: str, fixes: str | None) -> tuple[Fix, ...]:
+def bind(folder: Path, scheme: str, fixes: str | None, name: str = "nvfp4") -> tuple[Fix, ...]:
     path = folder / "tiny.yaml"
     text = (
-        f"manifest: 1\ntitle: T\nrepo: o/n\nbase: {{path: base, licenses: [mit]}}\nscheme: {{name: nvfp4, {scheme}}}\n"
+        f"manifest: 1\ntitle: T\nrepo: o/n\nbase: {{path: base, licenses: [mit]}}\nscheme: {{name: {name}, {scheme}}}\n"
     )
     path.write_text(text + (f"fixes: {fixes}\n" if fixes else ""))
     return bind_fixes(load_manifest(path))
@@ -444,7 +444,26 @@ def test_without_a_list_a_release_gets_every_fix_that_is_for_it(tmp_path: Path) 
     assert [fix.name for fix in bound] == list(FIXES)
     bound = bind(tmp_path, "layout: compressed-tensors", None)
     assert [fix.name for fix in bound] == [name for name in FIXES if name != "dynamic-input-activations"]
-    assert default_fixes("modelopt", "calibrated") == default_fixes("compressed-tensors", "unit")
+    layouts = [("modelopt", "calibrated"), ("compressed-tensors", "unit")]
+    assert len({default_fixes("nvfp4", *layout) for layout in layouts}) == 1
+
+
+@pytest.mark.parametrize("name", ["fp8_dynamic", "w8a8", "w4a16"])
+def test_a_scheme_without_modelopt_gets_the_fixes_that_look_at_any_artifact(tmp_path: Path, name: str) -> None:
+    assert [fix.name for fix in bind(tmp_path, "ignore: [lm_head]", None, name)] == [
+        *("restore-config", "keep-lm-head-bf16", "keep-generation-config", "keep-chat-template"),
+        *("keep-tokenizer-files", "renumber-layers", "keep-edges-once", "gather-parts"),
+    ]
+
+
+def test_a_fix_for_input_scales_is_refused_where_a_scheme_stores_none(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError) as caught:
+        bind(tmp_path, "ignore: [lm_head]", "[inject-input-scale]", "nvfp4a16")
+    assert str(caught.value) == (
+        "inject-input-scale is not for the scheme nvfp4a16\n"
+        f"  in {tmp_path}/tiny.yaml:6:9: fixes[0]: inject-input-scale\n"
+        "  fix: remove it; it is for the scheme nvfp4"
+    )
 
 
 def test_listed_fixes_come_in_the_list_s_order_and_none_besides(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ import torch
 from conftest import TINY_LLAMA, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_channel_kernels import LARGEST_CODE, ties
+from test_channel_kernels import WEIGHTS as CHANNEL_WEIGHTS
 from test_kernels import (
     E2M1_TIES,
     LARGEST_BF16,
@@ -101,6 +103,37 @@ def test_ties_of_codes_and_of_block_scales_go_where_the_kernels_put_them(device:
     scales = torch.zeros(126, 16).bfloat16()
     scales[:, 0] = (values[1:] + values[:-1]) / 2 * 6
     assert_equals_kernels(scales, 1.0, device)
+
+
+ROUNDED = ("quantize_fp8", "quantize_int8", "pack_int4")
+
+
+def assert_rounds_as_kernels(name: str, weight: Tensor, device: str) -> None:
+    there = weight.to(device)
+    codes, scales = getattr(gpu, name)(there)
+    assert codes.device == scales.device == there.device
+    assert_same_bits((codes.cpu(), scales.cpu()), getattr(kernels, name)(weight))
+    assert torch.equal(there.cpu().view(torch.int16), weight.view(torch.int16)), "the weight was modified"
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("weight", CHANNEL_WEIGHTS)
+def test_torch_operations_round_as_the_kernels_do(name: str, weight: str, device: str) -> None:
+    assert_rounds_as_kernels(name, CHANNEL_WEIGHTS[weight](), device)
+
+
+@on_each_device
+@pytest.mark.parametrize(("name", "preset"), zip(ROUNDED, LARGEST_CODE, strict=True))
+def test_torch_operations_round_ties_as_the_kernels_do(name: str, preset: str, device: str) -> None:
+    assert_rounds_as_kernels(name, ties(preset), device)
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ROUNDED)
+def test_chunks_of_rows_are_rounded_as_the_whole(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "WORKSPACE_BYTES", 5 * gpu.BYTES_PER_ELEMENT * 256)
+    assert_rounds_as_kernels(name, normals(0.02, 64, 256), device)
 
 
 @on_each_device

@@ -20,6 +20,7 @@ from builder.errors import BaseError, BuildError, CalibrationError, VerifyError
 from builder.perplexity import ArtifactStream, measure_perplexity, open_artifact, open_base, split_text
 from builder.schemes.nvfp4 import Nvfp4
 from builder.stages import Workspace
+from builder.stages.perplexity import read_layout
 
 pytestmark = pytest.mark.xdist_group("modelopt")
 
@@ -110,6 +111,26 @@ def test_an_artifacts_logits_are_those_of_the_whole_model_to_the_last_bit(releas
                 stream.run_layer(layer, index, row)
         with torch.inference_mode():
             assert torch.equal(stream.read_logits(row), model(torch.tensor([window]), use_cache=False).logits[0])
+
+
+@pytest.mark.parametrize("scheme", ["fp8_dynamic", "w8a8", "w4a16", "nvfp4a16"])
+def test_logits_of_every_scheme_are_those_of_the_whole_model_to_the_last_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("builder.perplexity.BAND_ELEMENTS", 25_000)  # several bands, the last of fewer rows
+    manifest = release_writer(tmp_path / "releases")(**{"scheme.name": scheme, "calibration": None})
+    workspace = build(manifest, tmp_path / "build")
+    model = AutoModelForCausalLM.from_pretrained(workspace.artifact, dtype="auto").eval()
+    stream = open_artifact(workspace.artifact, read_layout(workspace))
+    window = list(range(5, 25))
+    row = stream.embed(window)
+    for index in range(len(stream.layers)):
+        with stream.open_layer(index) as layer:
+            stream.run_layer(layer, index, row)
+    with torch.inference_mode():
+        assert torch.equal(stream.read_logits(row), model(torch.tensor([window]), use_cache=False).logits[0])
 
 
 def test_both_layouts_have_exactly_the_same_perplexity(releases: Releases) -> None:

@@ -465,7 +465,8 @@ def test_a_card_without_receipts_has_no_figure_at_all(tmp_path: Path) -> None:
     assert re.findall(r"\d+", re.sub(r"NVFP4|W4A4|E2M1|FP8|FP32|sha256|nvfp4|w4a4", "", card)) == [
         "4",
         "16",
-    ]  # "4-bit floats in blocks of 16", of the format itself
+        "16",
+    ]  # "4-bit floats in blocks of 16" and "activations stay in 16 bits", of the format itself
 
 
 def test_no_template_has_a_figure_typed_in() -> None:

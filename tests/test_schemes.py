@@ -17,12 +17,13 @@ import torch
 from conftest import build
 
 from builder.base import DTYPE_BYTES, Tensor
-from builder.errors import LayoutError, ManifestError
+from builder.errors import LayoutError, ManifestError, Problems
 from builder.families import describe_architecture
 from builder.manifest import load_manifest
 from builder.parts import view_bytes
-from builder.schemes import bind_scheme
+from builder.schemes import Mixed, bind_scheme
 from builder.schemes.nvfp4 import Nvfp4
+from builder.schemes.rounded import FP8_DYNAMIC
 
 pytestmark = pytest.mark.xdist_group("modelopt")
 
@@ -72,21 +73,53 @@ def test_a_scheme_is_bound_with_the_manifests_options(write_release: WriteReleas
 
 def test_an_unknown_scheme_gets_the_nearest_name(write_release: WriteRelease) -> None:
     assert refuse(write_release(**{"scheme.name": "nvpf4"})) == (
-        "unknown scheme: nvpf4\n9:9: scheme.name: nvpf4\ndid you mean nvfp4? Valid: nvfp4"
+        "unknown scheme: nvpf4\n9:9: scheme.name: nvpf4\n"
+        "did you mean nvfp4? Valid: fp8_dynamic, nvfp4, nvfp4a16, w4a16, w8a8"
     )
 
 
-def test_several_schemes_are_refused(write_release: WriteRelease) -> None:
-    several = [{"match": "mlp", "name": "nvfp4"}, {"match": "self_attn", "name": "nvfp4"}]
-    what, where, fix = refuse(write_release(scheme=several)).split("\n")
-    assert what == "2 schemes, but a release has one scheme for all its linears"
-    assert ": scheme: " in where
-    assert fix == "give one scheme, without `match`"
+def bind_list(write_release: WriteRelease, *schemes: dict[str, Any]) -> list[str]:
+    """What is said of a list of schemes, each problem as its sentence and its key."""
+    path = write_release(scheme=list(schemes))
+    with pytest.raises((ManifestError, Problems)) as caught:
+        bind_scheme(load_manifest(path))
+    problems = caught.value.problems if isinstance(caught.value, Problems) else [caught.value]
+    return [f"{problem.what} ({problem.where.split(': ')[1]})" for problem in problems]
 
 
-def test_a_scheme_for_some_linears_alone_is_refused(write_release: WriteRelease) -> None:
-    what = refuse(write_release(**{"scheme.match": "mlp"})).split("\n")[0]
-    assert what == "a scheme for mlp alone, but a release has one scheme for all its linears"
+def test_a_list_of_schemes_ends_with_the_one_for_all_other_linears(write_release: WriteRelease) -> None:
+    schemes = [{"match": "re:.*down_proj", "name": "fp8_dynamic"}, {"name": "nvfp4", "input_scale": "unit"}]
+    bound = bind_scheme(load_manifest(write_release(scheme=schemes)))
+    assert bound == Mixed(parts=(("re:.*down_proj", FP8_DYNAMIC), (None, Nvfp4(input_scale="unit"))))
+    assert not bound.measures_inputs
+    del schemes[1]["input_scale"]
+    assert bind_scheme(load_manifest(write_release(scheme=schemes))).measures_inputs
+
+
+def test_a_list_that_leaves_linears_without_a_scheme_is_refused(write_release: WriteRelease) -> None:
+    assert bind_list(write_release, {"match": "re:.*mlp", "name": "w8a8"}) == [
+        "the last scheme is for re:.*mlp alone, and other linears have none (scheme[0].match)"
+    ]
+
+
+def test_a_scheme_that_leaves_nothing_to_those_after_it_is_refused(write_release: WriteRelease) -> None:
+    assert bind_list(write_release, {"name": "w8a8"}, {"name": "nvfp4a16"}) == [
+        "a scheme without match takes all linears, and leaves none to those after it (scheme[0])"
+    ]
+
+
+def test_every_scheme_of_a_list_is_looked_at(write_release: WriteRelease) -> None:
+    several = [
+        {"match": "re:(", "name": "w8a8", "block_scale_floor": True},
+        {"match": "re:.*mlp", "name": "fp8"},
+        {"name": "nvfp4", "layout": "modelopt"},
+    ]
+    assert bind_list(write_release, *several) == [
+        "block_scale_floor means nothing to w8a8: there are no block scales (scheme[0].block_scale_floor)",
+        "re:( is not a regular expression: missing ), unterminated subpattern at position 0 (scheme[0].match)",
+        "unknown scheme: fp8 (scheme[1].name)",
+        "layout is for a single scheme: several are written in the layout compressed-tensors (scheme[2].layout)",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- planning

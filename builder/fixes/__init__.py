@@ -28,7 +28,7 @@ from builder.fixes import (
     template_vocab_size,
 )
 from builder.fixes.fix import Fix
-from builder.manifest import Manifest
+from builder.manifest import Manifest, Scheme
 
 __all__ = ["FIXES", "Fix", "FixRecord", "apply_fixes", "bind_fixes", "default_fixes"]
 
@@ -63,9 +63,9 @@ class FixRecord:
     evidence: str
 
 
-def default_fixes(layout: str, input_scale: str) -> tuple[str, ...]:
-    """The names of all fixes that are for such a release, in the table's order."""
-    return tuple(name for name, fix in FIXES.items() if fix.is_for(layout, input_scale))
+def default_fixes(scheme: str, layout: str, input_scale: str | None) -> tuple[str, ...]:
+    """The names of all fixes that are for a release in such a scheme, in the table's order."""
+    return tuple(name for name, fix in FIXES.items() if fix.is_for(scheme, layout, input_scale))
 
 
 def bind_fixes(manifest: Manifest) -> tuple[Fix, ...]:
@@ -73,25 +73,31 @@ def bind_fixes(manifest: Manifest) -> tuple[Fix, ...]:
 
     Raises ManifestError (Problems for several) for a name without a fix, or a fix that is not for such a release.
     """
-    scheme = manifest.release.scheme[0]
-    names = manifest.release.fixes
+    specs, names = manifest.release.scheme, manifest.release.fixes
     if names is None:
-        names = default_fixes(scheme.layout, scheme.input_scale)
+        wanted = {name for spec in specs for name in default_fixes(spec.name, spec.layout, spec.input_scale)}
+        names = tuple(name for name in FIXES if name in wanted)
     problems: list[BuildError] = []
     for position, name in enumerate(names):
         where = manifest.where("fixes", position)
         fix = FIXES.get(name)
         if fix is None:
             problems.append(ManifestError(f"unknown fix: {name}", where, nearest(name, FIXES)))
-        elif scheme.layout not in fix.layouts:
-            what = f"{name} is not for the layout {scheme.layout}"
-            problems.append(ManifestError(what, where, f"remove it; it is for the layout {' or '.join(fix.layouts)}"))
-        elif scheme.input_scale not in fix.input_scales:
-            what = f"{name} is not for {scheme.input_scale} input scales"
-            remedy = f"remove it; it is for scheme.input_scale: {' or '.join(fix.input_scales)}"
-            problems.append(ManifestError(what, where, remedy))
+        elif not any(fix.is_for(spec.name, spec.layout, spec.input_scale) for spec in specs):
+            problems.append(explain_misfit(fix, specs[0], where))
     raise_all(problems)
     return tuple(FIXES[name] for name in names)
+
+
+def explain_misfit(fix: Fix, scheme: Scheme, where: str) -> ManifestError:
+    """Why a fix is not for a scheme, and for which it is."""
+    if fix.schemes is not None and scheme.name not in fix.schemes:
+        what, whose = f"the scheme {scheme.name}", f"the scheme {' or '.join(fix.schemes)}"
+    elif scheme.layout not in fix.layouts:
+        what, whose = f"the layout {scheme.layout}", f"the layout {' or '.join(fix.layouts)}"
+    else:
+        what, whose = f"{scheme.input_scale} input scales", f"scheme.input_scale: {' or '.join(fix.input_scales)}"
+    return ManifestError(f"{fix.name} is not for {what}", where, f"remove it; it is for {whose}")
 
 
 def apply_fixes(draft: Draft, fixes: Sequence[Fix]) -> tuple[FixRecord, ...]:

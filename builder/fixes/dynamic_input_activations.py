@@ -34,6 +34,7 @@ FIX = Fix(
         "nvidia-modelopt 0.43 to 0.47, modelopt/torch/export/convert_hf_config.py: input_activations.dynamic is false "
         "whether inputs were calibrated or not."
     ),
+    schemes=("nvfp4",),
     layouts=("modelopt",),
     input_scales=("unit",),
     healthy="config.json calls the activation scales dynamic.",

@@ -16,11 +16,12 @@ UNIT = 1.0  # the same in both layouts, though one of them stores reciprocals
 def find_missing(draft: Draft) -> dict[str, str]:
     """{input scale that is not there: the file with its linear's weight scale}; empty if inputs are not quantized."""
     config = draft.read_json("config.json")["quantization_config"]
-    if not any(group.get("input_activations") for group in config["config_groups"].values()):
-        return {}
+    groups = [group for group in config["config_groups"].values() if group.get("input_activations")]
+    targets = {target for group in groups for target in group["targets"]}  # linears by name, or `Linear` for all
     weight, inputs, _ = SCALES[draft.layout]
     names = draft.tensor_names()
-    wanted = {name.removesuffix(weight) + inputs: file for name, file in sorted(names.items()) if name.endswith(weight)}
+    linears = {name.removesuffix(weight): file for name, file in sorted(names.items()) if name.endswith(weight)}
+    wanted = {f"{linear}{inputs}": file for linear, file in linears.items() if {linear, "Linear"} & targets}
     return {name: file for name, file in wanted.items() if name not in names}
 
 
@@ -58,6 +59,7 @@ FIX = Fix(
         "were not: mtq.quantize(..., forward_loop=None) ends calibration before the first row. "
         "https://github.com/KaletoAI/distrib-nvfp4/blob/8ae5fa5da99af8e39672e3ff8112ab200a9c4b11/docs/debugging-notes.md"
     ),
+    schemes=("nvfp4",),
     healthy="Every linear with quantized inputs has its input scale.",
     detect=detect,
     apply=apply,

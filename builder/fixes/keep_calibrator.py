@@ -32,6 +32,7 @@ FIX = Fix(
         "nvidia-modelopt 0.43 to 0.47, TensorQuantizer.set_from_modelopt_state writes to _calibrator unasked, and "
         "enable_stats_collection disables a quantizer that has none."
     ),
+    schemes=("nvfp4",),
     avoided=(
         "modelopt's quantizers only measure and are never exported; a linear whose statistics are missing stops the "
         "build."

@@ -1,6 +1,6 @@
 """A layer that keeps its number in the whole model while it runs in a template of one layer."""
 
-from builder.fixes.fix import Fix
+from builder.fixes.fix import NVFP4, Fix
 
 FIX = Fix(
     name="reset-layer-index",
@@ -10,5 +10,6 @@ FIX = Fix(
         "transformers: attention looks up its layer_idx in a cache that has as many places as the config has layers. "
         "nvidia-modelopt 0.47 exports without a cache; older pipelines had to reset the number."
     ),
+    schemes=NVFP4,
     avoided="Layers are never put into a template; each runs under its own number, and without a cache.",
 )

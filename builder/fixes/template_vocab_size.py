@@ -1,6 +1,6 @@
 """An export template with a vocabulary of one token, in which modelopt looks up token 1."""
 
-from builder.fixes.fix import Fix
+from builder.fixes.fix import NVFP4, Fix
 
 FIX = Fix(
     name="template-vocab-size",
@@ -10,5 +10,6 @@ FIX = Fix(
         "nvidia-modelopt 0.43 to 0.47, modelopt/torch/export/unified_export_hf.py: llm_dummy_forward runs the template "
         "on torch.ones([1, 2]), whatever its vocabulary."
     ),
+    schemes=NVFP4,
     avoided="No template is exported: layers are quantized and written by themselves, and no token is looked up.",
 )

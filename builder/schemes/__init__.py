@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from builder import manifest
 from builder.base import Tensor
-from builder.errors import ManifestError, nearest
+from builder.errors import BuildError, ManifestError, nearest, raise_all
 from builder.schemes.magnitudes import Amax
+from builder.schemes.mixed import Mixed, matches
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     Weight = torch.Tensor | NDArray[Any]
 
-__all__ = ["SCHEMES", "Amax", "Scheme", "bind_scheme"]
+__all__ = ["SCHEMES", "Amax", "Mixed", "Scheme", "bind_scheme", "bind_specs", "divide_linears", "matches"]
 
 
 class Scheme(Protocol):
@@ -52,10 +54,13 @@ class Scheme(Protocol):
         weights: bf16 tensors, or numpy arrays of their bits; what is returned is of the same kind.
         """
 
-    def quantization_config(self, ignore: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Any]:
+    def quantization_config(
+        self, ignore: Sequence[str], embeddings: Sequence[str] = (), linears: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """The `quantization_config` of config.json.
 
         ignore: every linear that stays as it was. embeddings: every plain torch.nn.Embedding, which also does.
+        linears: every one that is quantized, which only mixed precision has to name.
         """
 
     def extra_configs(self, ignore: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Any]:
@@ -66,24 +71,95 @@ def bind_nvfp4(spec: manifest.Scheme) -> Scheme:
     """The `nvfp4` scheme with a manifest's options."""
     from builder.schemes.nvfp4 import Nvfp4
 
-    return Nvfp4(layout=spec.layout, input_scale=spec.input_scale, block_scale_floor=spec.block_scale_floor)
+    return Nvfp4(
+        layout=spec.layout,
+        input_scale=spec.input_scale or "calibrated",
+        block_scale_floor=spec.block_scale_floor is not False,
+    )
 
 
-SCHEMES: dict[str, Callable[[manifest.Scheme], Scheme]] = {"nvfp4": bind_nvfp4}
+def bind_nvfp4a16(spec: manifest.Scheme) -> Scheme:
+    """The `nvfp4a16` scheme: the weights of `nvfp4`, and no scales of inputs."""
+    from builder.schemes.nvfp4 import Nvfp4
+
+    floor = spec.block_scale_floor is not False
+    return Nvfp4(name="nvfp4a16", quantizes_inputs=False, block_scale_floor=floor)
+
+
+def bind_rounded(spec: manifest.Scheme) -> Scheme:
+    """A scheme of 8 or 4 bits with bf16 scales, which has no options."""
+    from builder.schemes.rounded import ROUNDED
+
+    return ROUNDED[spec.name]
+
+
+SCHEMES: dict[str, Callable[[manifest.Scheme], Scheme]] = {
+    "nvfp4": bind_nvfp4,
+    "nvfp4a16": bind_nvfp4a16,
+    "fp8_dynamic": bind_rounded,
+    "w8a8": bind_rounded,
+    "w4a16": bind_rounded,
+}
+
+
+def bind_specs(specs: Sequence[manifest.Scheme]) -> Scheme:
+    """The scheme that one or several descriptions make together; they have been found sound."""
+    schemes = [(spec.match, SCHEMES[spec.name](spec)) for spec in specs]
+    return schemes[0][1] if len(schemes) == 1 else Mixed(parts=tuple(schemes))
+
+
+def divide_linears(scheme: Scheme, linears: Sequence[str]) -> list[list[str]]:
+    """The linears of each of the manifest's schemes, in their order."""
+    return scheme.divide(linears) if isinstance(scheme, Mixed) else [list(linears)]
 
 
 def bind_scheme(source: manifest.Manifest) -> Scheme:
-    """The scheme a manifest names. Raises ManifestError for a name, or a number of schemes, there is no code for."""
+    """The scheme a manifest names, or the schemes together.
+
+    Raises ManifestError (Problems for several) for a name there is no code for, an option that means nothing to its
+    scheme, or a list of which the last, and it alone, is not for all other linears.
+    """
     specs = source.release.scheme
-    if len(specs) != 1 or specs[0].match is not None:
-        given = f"{len(specs)} schemes" if len(specs) != 1 else f"a scheme for {specs[0].match} alone"
-        raise ManifestError(
-            f"{given}, but a release has one scheme for all its linears",
-            source.where("scheme"),
-            "give one scheme, without `match`",
-        )
-    if specs[0].name not in SCHEMES:
-        raise ManifestError(
-            f"unknown scheme: {specs[0].name}", source.where("scheme", "name"), nearest(specs[0].name, SCHEMES)
-        )
-    return SCHEMES[specs[0].name](specs[0])
+    problems: list[BuildError] = []
+    for index, spec in enumerate(specs):
+        if spec.name not in SCHEMES:
+            where = source.where("scheme", index, "name")
+            problems.append(ManifestError(f"unknown scheme: {spec.name}", where, nearest(spec.name, SCHEMES)))
+            continue
+        problems += find_meaningless(source, index, alone=len(specs) == 1)
+        problems += find_unmatched(source, index, last=index + 1 == len(specs))
+    raise_all(problems)
+    return bind_specs(specs)
+
+
+def find_meaningless(source: manifest.Manifest, index: int, *, alone: bool) -> Iterator[ManifestError]:
+    """What is chosen for a scheme that does not have the choice."""
+    spec = source.release.scheme[index]
+    meaningless = {}
+    if spec.layout == "modelopt" and spec.name != "nvfp4":
+        meaningless["layout"] = f"means nothing to {spec.name}: it is written in the layout compressed-tensors"
+    elif spec.layout == "modelopt" and not alone:
+        meaningless["layout"] = "is for a single scheme: several are written in the layout compressed-tensors"
+    if spec.input_scale is not None and spec.name != "nvfp4":
+        meaningless["input_scale"] = f"means nothing to {spec.name}: no scales of inputs are stored"
+    if spec.block_scale_floor is not None and spec.name not in manifest.NVFP4:
+        meaningless["block_scale_floor"] = f"means nothing to {spec.name}: there are no block scales"
+    for key, why in meaningless.items():
+        yield ManifestError(f"{key} {why}", source.where("scheme", index, key), "remove it")
+
+
+def find_unmatched(source: manifest.Manifest, index: int, *, last: bool) -> Iterator[ManifestError]:
+    """A `match` that is missing, or not a regular expression, or that leaves linears without a scheme."""
+    pattern, where = source.release.scheme[index].match, source.where("scheme", index, "match")
+    if pattern is None:
+        if not last:
+            what = "a scheme without match takes all linears, and leaves none to those after it"
+            yield ManifestError(what, where, "put it last, or say in match which linears it is for")
+        return
+    if last:
+        what = f"the last scheme is for {pattern} alone, and other linears have none"
+        yield ManifestError(what, where, "end with a scheme without match; scheme.ignore keeps linears as they are")
+    try:
+        matches(pattern, "")
+    except re.error as error:
+        yield ManifestError(f"{pattern} is not a regular expression: {error}", where, "mend it")

@@ -1,4 +1,4 @@
-"""NVFP4 (W4A4): 4-bit floats in blocks of 16 with an FP8 scale each, and one float32 scale per fused group.
+"""NVFP4 (W4A4, or W4A16): 4-bit floats in blocks of 16 with an FP8 scale each, and a float32 scale per fused group.
 
 The arithmetic is nvidia-modelopt's, bit for bit (`modelopt.torch.quantization.qtensor.NVFP4QTensor` and
 `modelopt.torch.export`): a group's weight scale is max |W| / (6 * 448) over its linears, its input scale
@@ -10,7 +10,6 @@ Shapes: O out_features, I in_features.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from numpy.typing import NDArray
 
 from builder.base import Tensor
 from builder.errors import LayoutError
+from builder.schemes.compressed import describe_arguments, describe_compressed
+from builder.schemes.loops import as_given, check_matrix, find_loops, max_magnitude
 from builder.schemes.magnitudes import Amax, observe_magnitudes
 
 if TYPE_CHECKING:
@@ -38,47 +39,40 @@ KINDS = ("weight", "input")
 class Nvfp4:
     """NVFP4 in one of its two layouts; see `builder.schemes.Scheme`.
 
+    quantizes_inputs: False for `nvfp4a16`, which has the same weights and no input scales.
     input_scale: "calibrated", or "unit" for the constant 1.0 that needs no calibration.
     block_scale_floor: whether block scales are held at 2^-9 or more, as modelopt does since 0.47.
     """
 
     layout: str = "compressed-tensors"
+    quantizes_inputs: bool = True
     input_scale: str = "calibrated"
     block_scale_floor: bool = True
     name: str = "nvfp4"
 
     @property
     def measures_inputs(self) -> bool:
-        return self.input_scale == "calibrated"
+        return self.quantizes_inputs and self.input_scale == "calibrated"
 
     @property
-    def names(self) -> tuple[str, str, str, str]:
-        """What the layout calls packed weights, block scales, the weights' and the inputs' global scale."""
+    def names(self) -> tuple[str, str, tuple[str, ...]]:
+        """What the layout calls packed weights, block scales, and the global scales: the weights', the inputs'."""
         if self.layout == "modelopt":
-            return "weight", "weight_scale", "weight_scale_2", "input_scale"
-        return "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"
+            packed, scale, global_scales = "weight", "weight_scale", ("weight_scale_2", "input_scale")
+        else:
+            packed, scale = "weight_packed", "weight_scale"
+            global_scales = ("weight_global_scale", "input_global_scale")
+        return packed, scale, global_scales if self.quantizes_inputs else global_scales[:1]
 
     def plan_linear(self, linear: str, weight: Tensor) -> tuple[Tensor, ...]:
+        check_matrix(self.name, linear, weight, BLOCK)
         out_features, in_features = weight.shape
-        if weight.dtype != "BF16":
-            raise LayoutError(
-                f"{weight.name} is {weight.dtype}, but nvfp4 packs bfloat16 weights",
-                weight.name,
-                "convert the base model to bfloat16 first",
-            )
-        if in_features % BLOCK:
-            raise LayoutError(
-                f"{linear} has {in_features} input features, which is not a multiple of {BLOCK}",
-                weight.name,
-                f"add {linear} to scheme.ignore",
-            )
-        packed, scale, weight_global, input_global = self.names
+        packed, scale, global_scales = self.names
         scalar = () if self.layout == "modelopt" else (1,)
         return (
             Tensor(name=f"{linear}.{packed}", dtype="U8", shape=(out_features, in_features // 2)),
             Tensor(name=f"{linear}.{scale}", dtype="F8_E4M3", shape=(out_features, in_features // BLOCK)),
-            Tensor(name=f"{linear}.{weight_global}", dtype="F32", shape=scalar),
-            Tensor(name=f"{linear}.{input_global}", dtype="F32", shape=scalar),
+            *(Tensor(name=f"{linear}.{name}", dtype="F32", shape=scalar) for name in global_scales),
         )
 
     def observe(
@@ -104,11 +98,12 @@ class Nvfp4:
         input_scale = np.float32(UNIT_SCALE)
         if self.measures_inputs:
             input_scale = np.float32(max(input_amax[linear] for linear in weights)) / np.float32(LARGEST)
-        stored = [np.array(weight_scale), np.array(input_scale)]
+        packed, scale, global_scales = self.names
+        stored = [np.array(weight_scale), np.array(input_scale)][: len(global_scales)]
         if self.layout == "compressed-tensors":
             with np.errstate(divide="ignore", over="ignore"):  # an infinity is refused below
                 stored = [np.float32(1) / scale.reshape(1) for scale in stored]
-        for kind, global_scale in zip(KINDS, stored, strict=True):
+        for kind, global_scale in zip(KINDS, stored, strict=False):
             if not 0.0 < global_scale.item() < float("inf"):
                 linear = next(iter(weights))
                 raise LayoutError(
@@ -116,11 +111,10 @@ class Nvfp4:
                     f"{linear}.weight",
                     f"add {linear} to scheme.ignore, or see whether the base model is sound",
                 )
-        packed, scale, weight_global, input_global = self.names
         tensors: dict[str, Any] = {}
         for linear, weight in weights.items():
             tensors[f"{linear}.{packed}"], tensors[f"{linear}.{scale}"] = self.pack(weight, weight_scale.item())
-            for name, global_scale in zip((weight_global, input_global), stored, strict=True):
+            for name, global_scale in zip(global_scales, stored, strict=True):
                 tensors[f"{linear}.{name}"] = as_given(weight, global_scale)
         return tensors
 
@@ -129,14 +123,21 @@ class Nvfp4:
 
         weight_scale: a float32 value.
         """
-        packed: tuple[Any, Any] = find_kernels(weight_OI).pack_nvfp4(
+        packed: tuple[Any, Any] = find_loops(weight_OI).pack_nvfp4(
             weight_OI, weight_scale, block_scale_floor=self.block_scale_floor
         )
         return packed
 
-    def quantization_config(self, ignore: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Any]:
+    def quantization_config(
+        self, ignore: Sequence[str], embeddings: Sequence[str] = (), linears: Sequence[str] = ()
+    ) -> dict[str, Any]:
         if self.layout == "modelopt":
             return self.modelopt_config([*ignore, *embeddings])
+        if not self.quantizes_inputs:
+            weights = describe_arguments(
+                num_bits=4, type="float", strategy="tensor_group", group_size=BLOCK, scale_dtype="torch.float8_e4m3fn"
+            )
+            return describe_compressed("nvfp4-pack-quantized", weights, None, ignore)
         from importlib.metadata import version
 
         weights = {
@@ -190,28 +191,6 @@ class Nvfp4:
             "exclude_modules": sorted([*ignore, *embeddings]),
         }
         return {"hf_quant_config.json": {"producer": describe_producer(), "quantization": quantization}}
-
-
-def max_magnitude(weight: Weight) -> float:
-    """max |w|, found where the weight is."""
-    magnitude: float = find_kernels(weight).max_magnitude(weight)
-    return magnitude
-
-
-def find_kernels(weight: Weight) -> Any:
-    """The module whose loops run where a weight is."""
-    if isinstance(weight, np.ndarray) or weight.device.type == "cpu":
-        return importlib.import_module("builder.kernels")
-    return importlib.import_module("builder.gpu")
-
-
-def as_given(weight: Weight, scale: NDArray[np.float32]) -> Weight:
-    """A global scale of the same kind as the weight it belongs to."""
-    if isinstance(weight, np.ndarray):
-        return scale
-    import torch
-
-    return torch.from_numpy(scale.copy())
 
 
 def describe_producer() -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""The reference library's own NVFP4 bytes for a few linears: a program of its own, so that its imports end with it.
+"""The reference library's own bytes for a few linears: a program of its own, so that its imports end with it.
 
-Reads a job, as JSON, from standard input:
-    {"layout": "compressed-tensors" | "modelopt", "block_scale_floor": bool,
-     "groups": [{module name: the base's file that holds its weight, ...}, ...]}   (a group shares one global scale)
+That is nvidia-modelopt for NVFP4, and compressed-tensors for all else. Reads a job, as JSON, from standard input:
+    {"layout": "compressed-tensors" | "modelopt", "groups": [{"scheme": name, "block_scale_floor": bool,
+     "files": {module name: the base's file that holds its weight, ...}}, ...]}   (a group shares one global scale)
 and writes {tensor name: sha256 of its bytes} to standard output.
 """
 
@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import defaultdict
 from contextlib import redirect_stdout
 from typing import Any
 
 from builder.machine import end_with_parent
 
 BLOCK = 16
+PRESETS = {"fp8_dynamic": "FP8_DYNAMIC", "w8a8": "W8A8", "w4a16": "W4A16"}  # compressed-tensors' names
 ROWS_BYTES = 64 << 20  # weights are quantized in bands of rows, which blocks never cross
 
 
@@ -54,6 +56,36 @@ def quantize_group(files: dict[str, str], layout: str, block_scale_floor: bool) 
     return digests
 
 
+def quantize_rounded(files: dict[str, str], preset: str) -> dict[str, str]:
+    """{tensor name: sha256} of what compressed-tensors makes of linears, each by itself, as `oneshot` has it do."""
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+    from safetensors import safe_open
+
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    compressor = BaseCompressor.get_value_from_registry(infer_module_format(torch.nn.Linear, scheme).value)
+    digests: dict[str, str] = {}
+    for module, file in files.items():
+        hashes: dict[str, Any] = defaultdict(hashlib.sha256)
+        with safe_open(file, "pt") as weights:
+            weight_OI = weights.get_slice(f"{module}.weight")
+            for band_RI in bands(weight_OI):
+                groups_RGI = band_RI.unflatten(1, (-1, scheme.weights.group_size or band_RI.shape[1]))
+                smallest, largest = groups_RGI.aminmax(dim=-1)
+                scale, zero_point = calculate_qparams(smallest, largest, scheme.weights)
+                state = {"weight": band_RI, "weight_scale": scale, "weight_zero_point": zero_point}
+                for name, tensor in compressor.compress(state, scheme).items():
+                    if name != "weight_shape":  # which is the band's
+                        hashes[name].update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            if "weight_shape" in compressor.compression_param_names(scheme):
+                hashes["weight_shape"].update(torch.tensor(weight_OI.get_shape()).numpy())
+        digests |= {f"{module}.{name}": digest.hexdigest() for name, digest in hashes.items()}
+    return digests
+
+
 def bands(weight_OI: Any) -> Any:
     """Consecutive rows of a safetensors slice, at most ROWS_BYTES of float32 at a time, each a fresh tensor."""
     num_rows, num_columns = weight_OI.get_shape()
@@ -67,8 +99,11 @@ def main() -> None:
     job = json.load(sys.stdin)
     digests: dict[str, str] = {}
     with redirect_stdout(sys.stderr):  # the library greets on standard output
-        for files in job["groups"]:
-            digests |= quantize_group(files, job["layout"], job["block_scale_floor"])
+        for group in job["groups"]:
+            if group["scheme"] in PRESETS:
+                digests |= quantize_rounded(group["files"], PRESETS[group["scheme"]])
+            else:
+                digests |= quantize_group(group["files"], job["layout"], group["block_scale_floor"])
     json.dump(digests, sys.stdout)
 
 

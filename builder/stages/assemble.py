@@ -53,11 +53,12 @@ def run(workspace: Workspace) -> Outcome:
     base = workspace.base_folder()
     write_draft(workspace, plan, scheme, draft, base)
     release = workspace.manifest.release
+    input_scales = {spec.input_scale for spec in release.scheme} - {None}
     folder = Draft(
         draft,
         base,
         scheme.layout,
-        release.scheme[0].input_scale,
+        "calibrated" if "calibrated" in input_scales else next(iter(input_scales), None),
         plan.ignore,
         from_template=release.compatibility.export_template is not None,
         spell=choose_spelling(release.compatibility),
@@ -132,7 +133,7 @@ def write_configs(compatibility: Compatibility, plan: Plan, scheme: Scheme, draf
     from builder.export_template import describe_generation, describe_template
 
     config, embeddings = read_json(base / "config.json"), plan.architecture.embeddings
-    quantization = scheme.quantization_config(plan.ignore, embeddings)
+    quantization = scheme.quantization_config(plan.ignore, embeddings, plan.quantized)
     beside = scheme.extra_configs(plan.ignore, embeddings)
     if template := compatibility.export_template:
         config = describe_template(config, template, str(base / "config.json"))

@@ -30,7 +30,7 @@ def read(workspace: Workspace) -> Any:
         "calibration": spec and spec.model_dump(mode="json"),
         "data": spec and spec.path and workspace.digest_file(spec.path),
         "base": workspace.facts("fetch")["files"],
-        "ignore": release.scheme[0].ignore,
+        "ignore": [spec.ignore for spec in release.scheme],
         "device": release.device,
         "versions": {tool: versions[tool] for tool in TOOLS},
     }

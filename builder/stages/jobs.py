@@ -29,7 +29,7 @@ def common_job(workspace: Workspace, folder: Path) -> dict[str, Any]:
         "base_digests": {name: entry["sha256"] for name, entry in files.items()},
         "model": base.model,
         "revision": None if base.path else base.revision,
-        "scheme": workspace.manifest.release.scheme[0].model_dump(mode="json"),
+        "scheme": [spec.model_dump(mode="json") for spec in workspace.manifest.release.scheme],
         "device": choose_device(workspace.manifest),
     }
 

@@ -56,10 +56,11 @@ def run(workspace: Workspace) -> Outcome:
 
 def read_layout(workspace: Workspace) -> dict[str, Any]:
     """How compressed-tensors reads the artifact, whatever its layout."""
-    spec = workspace.manifest.release.scheme[0].model_copy(update={"layout": "compressed-tensors"})
-    from builder.schemes import SCHEMES
+    from builder.schemes import bind_specs
 
-    return SCHEMES[spec.name](spec).quantization_config(workspace.facts("plan")["ignore"])
+    specs = [spec.model_copy(update={"layout": "compressed-tensors"}) for spec in workspace.manifest.release.scheme]
+    plan = workspace.facts("plan")
+    return bind_specs(specs).quantization_config(plan["ignore"], linears=plan["quantized"])
 
 
 STAGE = Stage("perplexity", "measure base and artifact on held-out text", read, run, keep_nothing)

@@ -9,6 +9,7 @@ from builder.digests import identify_file
 from builder.errors import Problems, VerifyError
 from builder.lock import ATTESTATIONS
 from builder.render import CARD_FILES
+from builder.schemes import bind_scheme, divide_linears
 from builder.stages.stage import Outcome, Stage, keep_nothing
 from builder.stages.workspace import Workspace
 
@@ -25,16 +26,22 @@ def read(workspace: Workspace) -> Any:
     }
 
 
-def run(workspace: Workspace) -> Outcome:
-    from builder.verify import verify_artifact
-
+def describe_expected(workspace: Workspace) -> dict[str, Any]:
+    """What the artifact is compared with: the plan, the manifest, and what earlier stages recorded."""
     plan, release = workspace.facts("plan"), workspace.manifest.release
-    spec = release.scheme[0]
-    expected = {
-        "scheme": spec.name,
-        "layout": spec.layout,
-        "input_scale": spec.input_scale,
-        "block_scale_floor": spec.block_scale_floor,
+    specs = release.scheme
+    divided = divide_linears(bind_scheme(workspace.manifest), plan["quantized"])
+    return {
+        "layout": specs[0].layout,
+        "parts": [
+            {
+                "scheme": spec.name,
+                "input_scale": spec.input_scale,
+                "block_scale_floor": spec.block_scale_floor is not False,
+                "modules": modules,
+            }
+            for spec, modules in zip(specs, divided, strict=True)
+        ],
         "tensors": {
             tensor["name"]: {"dtype": tensor["dtype"], "shape": tensor["shape"], "file": file["name"]}
             for file in plan["files"]
@@ -52,6 +59,12 @@ def run(workspace: Workspace) -> Outcome:
         "from_template": release.compatibility.export_template is not None,
         "copied_files": release.compatibility.copied_files,
     }
+
+
+def run(workspace: Workspace) -> Outcome:
+    from builder.verify import verify_artifact
+
+    expected = describe_expected(workspace)
     report = verify_artifact(workspace.artifact, workspace.base_folder(), expected, sample=SAMPLE)
     if report.errors:
         raise Problems(VerifyError(f"{f.check}: {f.what}", f.where, f.fix) for f in report.errors)
