@@ -458,7 +458,7 @@ unknown executor: slurm
     "unknown scheme": """\
 unknown scheme: nvfp5
   in releases/tiny.yaml:9:9: scheme.name: nvfp5
-  fix: did you mean nvfp4? Valid: nvfp4
+  fix: did you mean nvfp4? Valid: fp8_dynamic, nvfp4, nvfp4a16, w4a16, w8a8
 """,
     "unknown licence": """\
 unknown licence: mitt

@@ -3,9 +3,9 @@
 llm-compressor pins other versions of transformers and compressed-tensors than this project, so it runs in an
 environment of its own, on the CPU, from the repository's root:
 
-    python3.11 -m venv /tmp/llm-compressor
-    /tmp/llm-compressor/bin/pip install llmcompressor==0.14.0 torch==2.13.0
-    /tmp/llm-compressor/bin/python tests/golden/make_llm_compressor.py
+    python3.11 -m venv build/llm-compressor
+    build/llm-compressor/bin/pip install llmcompressor==0.14.0 torch==2.13.0
+    build/llm-compressor/bin/python tests/golden/make_llm_compressor.py
 
 The file holds, for each scheme, the versions, the sha256 of every tensor's bytes and the `quantization_config`.
 Weights alone decide them, so they are the same on every machine.
