@@ -209,7 +209,7 @@ def test_large_models_are_described_within_seconds(name: str) -> None:
     started = time.monotonic()
     found = describe_architecture(config, WHERE)
     assert (found.num_parameters, len(found.layers), len(found.layers[0].linears)) == expected
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
