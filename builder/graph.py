@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from builder.lock import ENDING, compare_versions, list_versions, name_release, 
 from builder.manifest import Manifest, list_releases, load_manifest, show_path
 from builder.published import find_place
 from builder.stages import STAGES, Stage, Workspace, hold, is_current, run_stage
+from builder.stages.check_serving import check_serving, clean_check
 from builder.stages.reproduce import FOLDER, clean_reproduction, compare_with_place, reproduce
 from builder.stages.stage import BUILDER, clean_stage
 from builder.terminal import print_diff, print_overview, print_plan, print_summary, show_bytes
@@ -50,6 +51,8 @@ ON_REQUEST = {
     "compare": "compare the lock with what was published: --with=FOLDER or --with=OWNER/NAME@COMMIT",
     "pin": "write the versions that the lock was made with, for pip",
 }
+CHECK = "check-serving"
+CHECK_DOC = "load and serve the built artifact with a real vLLM, and judge what it reads and answers"
 DIFF = "diff"
 RECALIBRATE = {
     "name": "recalibrate",
@@ -185,6 +188,7 @@ class Loader(TaskLoader2):  # type: ignore[misc]
             tasks.append(
                 Task(stage.name, None, task_dep=every, has_subtask=True, doc=f"{stage.title} ({stage.name}:NAME)")
             )
+        tasks += make_checks(manifests)
         tasks += make_requests(sorted(map(name_release, RELEASES.glob(f"*{ENDING}"))))
         if cmd.execute_tasks:
             check_options(pos_args)
@@ -212,7 +216,7 @@ def refuse_command(command: str, names: Sequence[str]) -> None:
             "  in the command line\n"
             "  fix: delete a receipt to repeat its step; `doit clean STEP:NAME` takes away what the step left as well"
         )
-    groups = {stage.name for stage in STAGES} | ON_REQUEST.keys()
+    groups = {stage.name for stage in STAGES} | ON_REQUEST.keys() | {CHECK}
     if command == "clean" and (not names or groups.intersection(names)):
         raise InvalidCommand(
             "`doit clean` takes a release, or one step of a release\n"
@@ -299,6 +303,49 @@ class Reproduction(Task):  # type: ignore[misc]
         if removed:
             verb = "would remove" if dryrun else "removed"
             outstream.write(f"{self.name}: {verb} {', '.join(map(str, removed))} ({show_bytes(freed)})\n")
+
+
+class ServingCheck(Task):  # type: ignore[misc]
+    """A built release, checked with a real vLLM."""
+
+    def __init__(self, name: str, workspace: Workspace, **more: Any) -> None:
+        super().__init__(f"{CHECK}:{name}", subtask_of=CHECK, doc=CHECK_DOC, **more)
+        self.workspace = workspace
+
+    def clean(self, outstream: Any, dryrun: bool) -> None:
+        """Take away the record and vLLM's logs; or say what that would be."""
+        removed = clean_check(self.workspace, dry_run=dryrun)
+        if removed:
+            verb = "would remove" if dryrun else "removed"
+            outstream.write(f"{self.name}: {verb} {', '.join(map(str, removed))}\n")
+
+
+def make_checks(manifests: Mapping[str, Manifest | BuildError]) -> list[Task]:
+    """`check-serving:NAME` for every release."""
+    tasks = []
+    for name, manifest in manifests.items():
+        if isinstance(manifest, BuildError):
+            tasks.append(Task(f"{CHECK}:{name}", [functools.partial(fail, manifest)], subtask_of=CHECK, doc=CHECK_DOC))
+        else:
+            workspace = Workspace(manifest, BUILD / name)
+            tasks.append(ServingCheck(name, workspace, actions=[make_check_action(workspace)]))
+    every = [task.name for task in tasks]
+    return [*tasks, Task(CHECK, None, task_dep=every, has_subtask=True, doc=f"{CHECK_DOC} ({CHECK}:NAME)")]
+
+
+def make_check_action(workspace: Workspace) -> Callable[[], TaskFailed | None]:
+    def act() -> TaskFailed | None:
+        name = workspace.manifest.name
+        try:
+            result = check_serving(workspace, functools.partial(print, flush=True))
+        except BuildError as error:
+            return fail(error)
+        except OSError as error:
+            return fail(explain_system(error, f"{CHECK}:{name}"))
+        print(f"  good, in {result['seconds']} s; `doit card:{name}` puts it on the card")
+        return None
+
+    return act
 
 
 def make_requests(names: Sequence[str]) -> list[Task]:

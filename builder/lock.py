@@ -32,7 +32,7 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-ATTESTATIONS = tuple(f"attestations/{name}.json" for name in ("lock", "provenance", "reproduction"))
+ATTESTATIONS = tuple(f"attestations/{name}.json" for name in ("lock", "provenance", "reproduction", "serving"))
 
 
 # --- what a lock holds ------------------------------------------------------------------------------------------------

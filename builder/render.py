@@ -49,7 +49,7 @@ FORMATS: Final = {
         "Weights and activations are 4-bit floats (E2M1) in blocks of 16, with an FP8 scale to each block and one FP32 "
         "scale to each tensor.",
         "vLLM reads the format from config.json. With its Marlin kernel activations stay in 16 bits; its CPU build has "
-        "no kernel for this format.",
+        "no kernel for this format, and emulates it if told to.",
     ),
     "nvfp4a16": Format(
         "NVFP4A16",
@@ -87,11 +87,12 @@ def render_card(
     receipts: Mapping[str, Mapping[str, Any]],
     obligations: Obligations,
     reproductions: Sequence[Mapping[str, Any]] = (),
+    engines: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, str]:
     """The files around the payload, by name: README.md; llama-swap.yaml and serve.sh if there is a serve profile.
 
     receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else.
-    reproductions: what rebuilds from the lock came to.
+    reproductions: what rebuilds from the lock came to. engines: what those that were to serve it made of it.
     Raises ManifestError or Problems for a serve profile that would not arrive as it is written.
     """
     release = manifest.release
@@ -116,6 +117,7 @@ def render_card(
         "errors": find_severity(records["verify"], "error"),
         "warnings": find_severity(records["verify"], "warning"),
         "reproductions": list(Measured(reproductions)),
+        "engines": [describe_engine(check) for check in engines],
     }
     files = {}
     if release.serve:
@@ -201,6 +203,19 @@ def find_severity(verify: Measured, severity: str) -> Measured:
     if verify.facts.findings.value is None:
         return Measured()
     return Measured([finding for finding in verify.facts.findings.value if finding["severity"] == severity])
+
+
+def describe_engine(check: Mapping[str, Any]) -> Measured:
+    """A check of an engine with what the card says of it in words."""
+    devices = check["devices"]
+    kinds = [f"{devices.count(kind)} x {kind}" for kind in dict.fromkeys(devices)] or [f"a {check['platform'].upper()}"]
+    words = (check.get("served") or {}).get("words", ())
+    said = {
+        "machine": f"Served by vLLM {check['version']} on {join_and(kinds)}",
+        "emulated": any("Emulation" in kernel for kernel in check.get("kernels") or ()),
+        "command": shlex.join(words),
+    }
+    return Measured({**check, **said})
 
 
 # --- values out of the manifest ---------------------------------------------------------------------------------------

@@ -37,6 +37,10 @@ IN_ORDER = (
     "verify",
     "perplexity",
     "serving",
+    "inside_vllm",
+    "engine",
+    "server",
+    "answers",
     "lock",
     "provenance",
     "differences",
@@ -47,7 +51,7 @@ IN_ORDER = (
     "terminal",
     "graph",
 )
-ALONE = {"modelopt": "schemes", "ray": "executors", "doit": "graph"}
+ALONE = {"modelopt": "schemes", "ray": "executors", "doit": "graph", "vllm": "inside_vllm"}
 LIGHT = (
     "errors",
     "files",
@@ -60,6 +64,9 @@ LIGHT = (
     "base",
     "plan",
     "serving",
+    "engine",
+    "server",
+    "answers",
     "lock",
     "provenance",
     "differences",
@@ -117,7 +124,7 @@ def test_imports_point_to_rows_above(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_modelopt_ray_and_doit_are_imported_in_one_place_each(path: Path) -> None:
+def test_modelopt_ray_doit_and_vllm_are_imported_in_one_place_each(path: Path) -> None:
     for name in imports(ast.parse(path.read_text("utf-8"))):
         library = name.split(".")[0]
         assert ALONE.get(library) in (None, module_of(path)), f"{library} is imported outside {ALONE[library]}"

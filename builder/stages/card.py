@@ -8,6 +8,7 @@ from builder.files import canonical_json, sha256_file, write_atomic
 from builder.lock import ATTESTATIONS
 from builder.provenance import make_statement
 from builder.stages.assemble import gather_obligations
+from builder.stages.check_serving import list_results
 from builder.stages.lock import gather_lock
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
@@ -22,6 +23,7 @@ def read(workspace: Workspace) -> Any:
         "what": workspace.manifest.what(),
         "receipts": {stage: workspace.receipt(stage) for stage in CARD_AFTER},
         "reproductions": list_reproductions(workspace),
+        "engines": list_results(workspace),
         "templates": {path.name: sha256_file(path) for path in sorted(TEMPLATES.iterdir()) if path.is_file()},
     }
 
@@ -35,9 +37,14 @@ def list_reproductions(workspace: Workspace) -> list[dict[str, Any]]:
 
 
 def attest(workspace: Workspace) -> dict[str, str]:
-    """The files about the payload that are no part of it: its lock, its provenance, what rebuilds of it came to."""
-    lock, reproductions = gather_lock(workspace), list_reproductions(workspace)
-    contents = (lock, make_statement(lock), {"reproductions": reproductions} if reproductions else None)
+    """The files about the payload that are no part of it: its lock, its provenance, what others made of it."""
+    lock, reproductions, engines = gather_lock(workspace), list_reproductions(workspace), list_results(workspace)
+    contents = (
+        lock,
+        make_statement(lock),
+        {"reproductions": reproductions} if reproductions else None,
+        {"engines": engines} if engines else None,
+    )
     return {name: canonical_json(content) for name, content in zip(ATTESTATIONS, contents, strict=True) if content}
 
 
@@ -46,7 +53,9 @@ def run(workspace: Workspace) -> Outcome:
 
     receipts = {stage: receipt for stage in CARD_AFTER if (receipt := workspace.receipt(stage))}
     obligations = gather_obligations(workspace, workspace.base_folder())
-    files = render_card(workspace.manifest, receipts, obligations, list_reproductions(workspace))
+    files = render_card(
+        workspace.manifest, receipts, obligations, list_reproductions(workspace), list_results(workspace)
+    )
     files |= attest(workspace)
     for name in set(ATTESTATIONS) - files.keys():
         (workspace.artifact / name).unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""A vLLM server: started in its own environment, waited for, asked, and stopped with all that it started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from builder.engine import Engine, last_line, make_environment, tether
+from builder.errors import BuildError, VerifyError
+
+MAIN: Final = ("-m", "vllm.entrypoints.cli.main")
+POLL_S: Final = 0.5
+STOP_S: Final = 30  # a server that has not ended by then is killed
+ANSWER_S: Final = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server that answers. seconds: from its start until it was ready."""
+
+    address: str
+    served_name: str
+    seconds: float
+    log: Path
+
+    def ask(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The answer to a request, as JSON. Raises VerifyError for any but a good one."""
+        return request(f"{self.address}{path}", {"model": self.served_name, **body}, self.log)
+
+
+@contextmanager
+def run_server(
+    engine: Engine,
+    words: Sequence[str],
+    *,
+    port: int,
+    served_name: str,
+    variables: Mapping[str, str],
+    timeout_s: float,
+    log: Path,
+) -> Iterator[Server]:
+    """`vllm serve ...` for as long as the block runs; then it is ended, and whatever it started with it.
+
+    words: without `vllm`. Raises VerifyError if it ends by itself, or is not ready within `timeout_s`.
+    """
+    address, started = f"http://127.0.0.1:{port}", time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="serving-") as scratch, log.open("wb") as output:
+        process = subprocess.Popen(
+            tether(engine, *MAIN, *words),
+            env=make_environment(TMPDIR=scratch, **variables),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            wait_for_health(process, address, started + timeout_s, timeout_s, log)
+            yield Server(address=address, served_name=served_name, seconds=time.monotonic() - started, log=log)
+        finally:
+            stop(process)
+
+
+def wait_for_health(process: subprocess.Popen[bytes], address: str, end: float, timeout_s: float, log: Path) -> None:
+    while True:
+        with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+            if answer.status == 200:
+                return
+        if process.poll() is not None:
+            what = f"the server ended with exit code {process.returncode}: {last_line(log)}"
+            raise VerifyError(what, str(log), "see what it says there, and mend the serve profile or the artifact")
+        if time.monotonic() > end:
+            what = f"the server was not ready within {timeout_s:.0f} s"
+            raise VerifyError(what, str(log), "see what it says there; a slow disk needs longer")
+        time.sleep(POLL_S)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and its session; what does not end by itself is killed."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    end = time.monotonic() + STOP_S
+    while (left := list_session(process.pid)) and time.monotonic() < end:
+        process.poll()  # or it would stay as a zombie
+        time.sleep(0.1)
+    for pid in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def list_session(session: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            fields = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def find_port() -> int:
+    """A port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def request(url: str, body: Mapping[str, Any], log: Path) -> Any:
+    data = json.dumps(body).encode()
+    asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(asked, timeout=ANSWER_S) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        said = error.read().decode("utf-8", "replace")[:300]
+        raise VerifyError(f"the server answered {error.code}: {said}", url, f"its log is {log}") from error
+    except (OSError, ValueError) as error:
+        raise VerifyError(f"the server did not answer: {error}", url, f"its log is {log}") from error
+
+
+def run_benchmark(
+    engine: Engine, server: Server, tokenizer: Path, *, num_prompts: int, num_inputs: int, num_outputs: int, log: Path
+) -> dict[str, Any]:
+    """What `vllm bench serve` measures with one request at a time, as it writes it down; lengths in tokens.
+
+    Raises BuildError if it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="serving-") as scratch, log.open("wb") as output:
+        options = {
+            "base-url": server.address,
+            "model": server.served_name,
+            "tokenizer": str(tokenizer.absolute()),
+            "dataset-name": "random",
+            "random-input-len": str(num_inputs),
+            "random-output-len": str(num_outputs),
+            "num-prompts": str(num_prompts),
+            "num-warmups": "1",
+            "max-concurrency": "1",
+            "result-dir": scratch,
+            "result-filename": "result.json",
+        }
+        words = [f"--{name}={value}" for name, value in options.items()]
+        words += ["--save-result", "--ignore-eos", "--disable-tqdm"]
+        command = tether(engine, *MAIN, "bench", "serve", *words)
+        done = subprocess.run(command, env=make_environment(), stdout=output, stderr=output, check=False)
+        path = Path(scratch) / "result.json"
+        if done.returncode or not path.is_file():
+            what = f"`vllm bench serve` ended with exit code {done.returncode}: {last_line(log)}"
+            raise BuildError(what, str(log), "see what it says there")
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return result
