@@ -276,17 +276,28 @@ class SpeedTable:
     prices: tuple[Price, ...]
 
     @property
-    def speedup(self) -> float | None:
-        """The most that the release gains on the base, on as many GPUs of a kind."""
-        return max((row.speedup for row in self.rows if row.side == "quantized" and row.speedup), default=None)
+    def fastest(self) -> Row | None:
+        """Of the release's rows the one that gains most on the base, on as many GPUs of a kind."""
+        rows = [row for row in self.rows if row.side == "quantized" and row.speedup]
+        return max(rows, key=lambda row: row.speedup or 0, default=None)
+
+    @property
+    def price_lists(self) -> Mapping[tuple[str, str], tuple[Price, ...]]:
+        """Prices by their date and source."""
+        keys = dict.fromkeys((price.date, price.source) for price in self.prices)
+        return {key: tuple(price for price in self.prices if (price.date, price.source) == key) for key in keys}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmarks:
-    """All that a manifest's `benchmarks` say: tables, the files they come from, and requests that failed."""
+    """All that a manifest's `benchmarks` say: tables, the files they come from, and how many requests failed.
+
+    elsewhere: the models of other builds whose published figures stand for this release's.
+    """
 
     tables: tuple[SpeedTable, ...] = ()
     sources: tuple[Speed, ...] = ()
+    elsewhere: frozenset[str] = frozenset()
     failed: int = 0
 
 
@@ -301,12 +312,16 @@ def load_benchmarks(manifest: Manifest) -> Benchmarks:
         except BuildError as problem:
             problems.append(problem)
     raise_all(problems)
-    names = {"base": release.base.model or Path(str(release.base.path)).name, "quantized": release.repo}
-    tables = (tabulate(manifest, read, names, single=single) for single in (True, False))
+    tables = (tabulate(manifest, read, single=single) for single in (True, False))
     sources = {(speed.file, speed.model): speed for _, speed in read}
     return Benchmarks(
         tables=tuple(table for table in tables if table.rows),
         sources=tuple(sources.values()),
+        elsewhere=frozenset(
+            speed.model
+            for entry, speed in read
+            if entry.model == "quantized" and speed.source and speed.model != release.repo
+        ),
         failed=sum(load.num_failed for speed in sources.values() for load in speed.loads),
     )
 
@@ -326,11 +341,16 @@ def read_speed(manifest: Manifest, entry: Benchmark, where: str) -> Speed:
     return read_recorded_speed(path, str(model), entry.gpu, entry.num_gpus)
 
 
-def tabulate(
-    manifest: Manifest, read: Sequence[tuple[Benchmark, Speed]], names: Mapping[str, str], *, single: bool
-) -> SpeedTable:
+def name_model(manifest: Manifest, entry: Benchmark, speed: Speed) -> str:
+    """What a row is called: as a record says; as meant where a server gave the name, which may be any."""
+    base = manifest.release.base
+    meant = {"base": base.model or Path(str(base.path)).name, "quantized": manifest.release.repo}
+    return speed.model if speed.source else meant.get(entry.model, entry.model)
+
+
+def tabulate(manifest: Manifest, read: Sequence[tuple[Benchmark, Speed]], *, single: bool) -> SpeedTable:
     """The rows of one kind of load, GPUs in the manifest's order, the base before what is compared with it."""
-    rows: dict[tuple[str, str, int], dict[Size, Cell]] = {}
+    rows: dict[tuple[str, str, str, int], dict[Size, Cell]] = {}
     prices: dict[tuple[int, str, float], Price] = {}
     problems = []
     for place, (entry, speed) in enumerate(read):
@@ -338,7 +358,8 @@ def tabulate(
             value = load.latency_s if single else load.requests_per_s
             if load.single != single or value is None:
                 continue
-            cells = rows.setdefault((entry.gpu, entry.model, entry.num_gpus), {})
+            model = name_model(manifest, entry, speed)
+            cells = rows.setdefault((entry.gpu, entry.model, model, entry.num_gpus), {})
             cell = Cell(value=value, per_dollar=count_per_dollar(value, entry.price_per_hour, single=single))
             if load.size not in cells or (not single and value > cells[load.size].value):
                 cells[load.size] = cell  # of many streams, the load with which the server does most
@@ -355,8 +376,8 @@ def tabulate(
                 )
     raise_all(problems)
     found = [
-        Row(side=side, model=names.get(side, side), gpu=gpu, num_gpus=num_gpus, cells=cells)
-        for (gpu, side, num_gpus), cells in rows.items()
+        Row(side=side, model=model, gpu=gpu, num_gpus=num_gpus, cells=cells)
+        for (gpu, side, model, num_gpus), cells in rows.items()
     ]
     gpus = list(dict.fromkeys(row.gpu for row in found))
     found.sort(key=lambda row: (gpus.index(row.gpu), row.side != "base"))

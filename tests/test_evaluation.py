@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import build
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from builder.errors import BuildError, Problems
@@ -17,6 +18,9 @@ from builder.evaluation import Results, Score, compare, load_evaluations, read_l
 from builder.licenses import Obligations, collect_obligations
 from builder.manifest import Manifest, load_manifest
 from builder.render import CARD_FILES, render_card
+from builder.stages import STAGES, is_current
+from builder.stages.verify import describe_expected
+from builder.verify import Reading, check_files
 
 RESULTS = Path(__file__).parent / "results"
 BASE = RESULTS / "lm-eval-0.4.13-bf16.json"
@@ -489,3 +493,33 @@ def test_the_files_around_the_payload_have_the_hubs_entries(
     assert (
         "| sample\\_mc" not in files["README.md"] and "sample_mc (acc, 0-shot) | 100.00 ± 0.00 |" in files["README.md"]
     )
+
+
+# --- in a build -------------------------------------------------------------------------------------------------------
+
+
+def test_results_that_cannot_be_compared_are_refused_before_any_weight_is_read(
+    write_release: Write, tmp_path: Path
+) -> None:
+    entry = {"base": str(BASE), "quantized": "gone.json"}
+    with pytest.raises(BuildError, match=r"there is no file gone\.json"):
+        build(write_release(evaluation=[entry]), tmp_path / "build", "plan")
+
+
+def test_a_card_is_rendered_again_when_a_result_file_changed_and_told_scores_lie_beside_the_payload(
+    write_release: Write, rewrite: Write, tmp_path: Path
+) -> None:
+    path = rewrite()
+    entry = {"base": str(BASE), "quantized": str(path), "hub": [TOLD]}
+    quick = {"scheme.input_scale": "unit", "calibration": None, "perplexity": None}
+    workspace = build(write_release(evaluation=[entry], **quick), tmp_path / "build", "card", without=("verify",))
+    stages = {stage.name: stage for stage in STAGES}
+    assert is_current(workspace, stages["card"])
+    assert (workspace.artifact / ".eval_results" / "results.yaml").is_file()
+    assert ".eval_results/results.yaml" not in workspace.lock_path.read_text("utf-8")
+    (workspace.artifact / ".other").mkdir()
+    reading = Reading(workspace.artifact, workspace.base_folder(), describe_expected(workspace))
+    check_files(reading)
+    assert [found.what for found in reading.findings] == ["the folder .other does not belong here"]
+    rewrite(**{"results/sample_mc/acc,none": 0.5})
+    assert not is_current(workspace, stages["card"])
