@@ -32,6 +32,7 @@ from builder.lock import ENDING, compare_versions, list_versions, name_release, 
 from builder.manifest import Manifest, list_releases, load_manifest, show_path
 from builder.published import find_place
 from builder.stages import STAGES, Stage, Workspace, hold, is_current, run_stage
+from builder.stages.benchmark import benchmark
 from builder.stages.check_serving import check_serving, clean_check
 from builder.stages.reproduce import FOLDER, clean_reproduction, compare_with_place, reproduce
 from builder.stages.stage import BUILDER, clean_stage
@@ -69,9 +70,16 @@ WITH = {
     "help": "what was published: a folder, or owner/name@commit",
 }
 BASE = {"name": "base", "long": "base", "type": str, "default": "", "help": "where the base model is on this machine"}
+URL = {"name": "url", "long": "url", "type": str, "default": "", "help": "the server; the serve profile's if absent"}
+SIZE = {"name": "size", "long": "size", "type": str, "default": "1024/128", "help": "prompt/output tokens of a request"}
+PROMPTS = {"name": "prompts", "long": "prompts", "type": int, "default": 50, "help": "number of requests"}
+ALONE = {"name": "single", "long": "single", "type": bool, "default": False, "help": "one request at a time"}
+OF_BASE = {"name": "of_base", "long": "of-base", "type": bool, "default": False, "help": "the base is what is served"}
 JSON = {"name": "as_json", "long": "json", "type": bool, "default": False, "help": "as JSON"}
-OPTIONS = tuple(f"--{option['long']}" for option in (RECALIBRATE, WITH, BASE, JSON))
-VALUED = tuple(f"--{option['long']}" for option in (WITH, BASE))
+MEASURING = (URL, SIZE, PROMPTS, ALONE, OF_BASE)
+OPTIONS = tuple(f"--{option['long']}" for option in (RECALIBRATE, WITH, BASE, JSON, *MEASURING))
+VALUED = tuple(f"--{option['long']}" for option in (WITH, BASE, URL, SIZE, PROMPTS))
+BENCHMARK = "benchmark"
 FORGETFUL = ("forget", "ignore", "reset-dep")  # doit's commands that would change its database
 
 
@@ -189,6 +197,7 @@ class Loader(TaskLoader2):  # type: ignore[misc]
                 Task(stage.name, None, task_dep=every, has_subtask=True, doc=f"{stage.title} ({stage.name}:NAME)")
             )
         tasks += make_checks(manifests)
+        tasks += make_benchmarks(manifests)
         tasks += make_requests(sorted(map(name_release, RELEASES.glob(f"*{ENDING}"))))
         if cmd.execute_tasks:
             check_options(pos_args)
@@ -216,7 +225,7 @@ def refuse_command(command: str, names: Sequence[str]) -> None:
             "  in the command line\n"
             "  fix: delete a receipt to repeat its step; `doit clean STEP:NAME` takes away what the step left as well"
         )
-    groups = {stage.name for stage in STAGES} | ON_REQUEST.keys() | {CHECK}
+    groups = {CHECK, BENCHMARK} | {stage.name for stage in STAGES} | ON_REQUEST.keys()
     if command == "clean" and (not names or groups.intersection(names)):
         raise InvalidCommand(
             "`doit clean` takes a release, or one step of a release\n"
@@ -365,6 +374,37 @@ def make_requests(names: Sequence[str]) -> list[Task]:
     doc = "what differs between two releases, folders, locks or Hub repositories (diff ONE TWO [--json])"
     tasks.append(Task(DIFF, [print_differences], params=[JSON], pos_arg="sides", doc=doc))
     return tasks
+
+
+def make_benchmarks(manifests: Mapping[str, Manifest | BuildError]) -> list[Task]:
+    """`benchmark:NAME` for every release: its speed at a server that runs."""
+    doc = "measure the speed of a served release with vLLM's own benchmark, for the card"
+    tasks = []
+    for name, manifest in manifests.items():
+        act = make_benchmark(manifest)
+        tasks.append(Task(f"{BENCHMARK}:{name}", [act], params=list(MEASURING), subtask_of=BENCHMARK, doc=doc))
+    every = [task.name for task in tasks]
+    return [*tasks, Task(BENCHMARK, None, task_dep=every, has_subtask=True, doc=f"{doc} ({BENCHMARK}:NAME)")]
+
+
+def make_benchmark(manifest: Manifest | BuildError) -> Callable[..., TaskFailed | None]:
+    def act(url: str, size: str, prompts: int, single: bool, of_base: bool) -> TaskFailed | None:
+        if isinstance(manifest, BuildError):
+            return fail(manifest)
+        workspace = Workspace(manifest, BUILD / manifest.name)
+        try:
+            load, entry = benchmark(workspace, url=url, size=size, num_prompts=prompts, single=single, of_base=of_base)
+        except BuildError as error:
+            return fail(error)
+        except OSError as error:
+            return fail(explain_system(error, f"{BENCHMARK}:{manifest.name}"))
+        print(f"  {load.num_requests} requests answered, {load.num_failed} failed")
+        print(f"  {load.requests_per_s:.4g} requests/s, {load.output_tokens_per_s:.4g} tokens/s", end="")
+        print(f", {load.latency_s:.4g} s a request, first token after {load.first_token_ms:.4g} ms (median)")
+        print(f"  for `benchmarks` in {show_path(manifest.path)}; say which GPUs, and their price:\n  {entry}")
+        return None
+
+    return act
 
 
 def make_reproduction(path: Path) -> Callable[..., TaskFailed | None]:

@@ -61,6 +61,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
 HUB_NAME = r"[A-Za-z0-9_]([.-]?[A-Za-z0-9_]){0,95}"
 HUB_ID = rf"^({HUB_NAME}/)?{HUB_NAME}$"
 OWNED_HUB_ID = rf"^{HUB_NAME}/{HUB_NAME}$"
+SIDE = rf"^(base|quantized|{HUB_NAME}/{HUB_NAME})$"
 REVISION = r"^[0-9a-f]{40}$"
 OPTION = r"^[A-Za-z][A-Za-z0-9._-]*$"
 VARIABLE = r"^[A-Z_][A-Z0-9_]*$"
@@ -72,6 +73,7 @@ FORMS: Final = {
     NAME: "a name of letters, digits and . _ + -",
     HUB_ID: "a Hub id, owner/name",
     OWNED_HUB_ID: "a Hub id, owner/name",
+    SIDE: "base, quantized, or the Hub id of another release",
     REVISION: "the 40 lowercase hexadecimal digits of a commit",
     OPTION: "the name of an option without its leading dashes",
     VARIABLE: "the name of a variable in capitals, digits and _",
@@ -419,20 +421,41 @@ class Sampling(Section):
     """Advice on prompting, a sentence each."""
 
 
+class Hub(Section):
+    task: Text
+    """Task of the results that is a Benchmark on the Hub."""
+    metric: Text | None = None
+    """Its metric, if the table shows more than one."""
+    dataset: Annotated[str, Field(pattern=OWNED_HUB_ID)]
+    """The Benchmark: a data set on the Hub."""
+    task_id: Text
+    """The task's id in the data set's eval.yaml."""
+    revision: Revision | None = None
+    """Commit of the data set."""
+
+
 class Evaluation(Section):
     base: Text
-    """Result file of lm_eval for the base, relative to this file."""
+    """Results for the base: a file of lm_eval or a recorded table, relative to this file."""
     quantized: Text
-    """Result file of lm_eval for the artifact, relative to this file."""
+    """Results for the artifact: a file of lm_eval or a recorded table, relative to this file."""
     name: Text | None = None
     """Heading of the table."""
+    metrics: dict[Name, Text] = {}
+    """Task -> the one metric of it that is shown, with its filter after a comma; of all other tasks, all are."""
+    hub: tuple[Hub, ...] = ()
+    """Scores of the artifact that are told to the Hub, in .eval_results/."""
 
 
 class Benchmark(Section):
     file: Text
     """Result file, relative to this file."""
-    tool: Literal["guidellm", "vllm-bench"] | None = None
+    tool: Literal["guidellm", "vllm-bench", "recorded"] | None = None
     """What wrote the file; told by its content if absent."""
+    model: Annotated[str, Field(pattern=SIDE)] = "quantized"
+    """What was measured: base, quantized, or the Hub id of another release."""
+    measured: HubId | None = None
+    """The model of a recorded file whose figures stand for `quantized`; this release's repository if absent."""
     gpu: Text
     """The GPU it was measured on."""
     num_gpus: Count = 1
@@ -565,10 +588,22 @@ sampling:
   min_p: 0.05
   max_tokens: 4096
   notes: [Use no system prompt.]
-evaluation: [{base: results/base.json, quantized: results/nvfp4.json, name: OpenLLM v1}]
+evaluation:
+- base: results/base.json
+  quantized: results/nvfp4.json
+  name: Reasoning
+  metrics: {gpqa_diamond: "exact_match,flexible-extract"}
+  hub:
+  - task: gpqa_diamond
+    metric: exact_match,flexible-extract
+    dataset: Idavidrein/gpqa
+    task_id: diamond
+    revision: 0123456789abcdef0123456789abcdef01234567
 benchmarks:
 - file: results/chat.json
   tool: guidellm
+  model: quantized
+  measured: someone/DeepSeek-R1-Distill-Llama-70B-NVFP4
   gpu: H100
   num_gpus: 1
   price_per_hour: 2.50
@@ -821,9 +856,10 @@ def unpack(annotation: Any) -> Iterator[Any]:
         yield from unpack(part)
 
 
-def find_field(keys: tuple[Key, ...]) -> tuple[type[Section], tuple[Key, ...], FieldInfo | None]:
-    """Where in `Release` the keys lead: the section, its own keys with those of the field, the field if it exists."""
-    section: type[Section] = Release
+def find_field(
+    keys: tuple[Key, ...], section: type[Section] = Release
+) -> tuple[type[Section], tuple[Key, ...], FieldInfo | None]:
+    """Where in a section the keys lead: the section, its own keys with those of the field, the field if it exists."""
     for end, key in enumerate(keys, 1):
         if isinstance(key, str):
             info = section.model_fields.get(key)

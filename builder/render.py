@@ -8,9 +8,11 @@ could break out of their place in the card, are shown as they were typed.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
@@ -20,14 +22,22 @@ from urllib.parse import quote
 import jinja2
 import yaml
 
+from builder.benchmarks import Benchmarks, Cell, Speed, describe_size, load_benchmarks
+from builder.evaluation import Accuracy, Results, Score, load_evaluations
 from builder.licenses import Obligations, state_changes
-from builder.manifest import Compatibility, Manifest, Release, Serve
+from builder.manifest import Compatibility, Manifest, Release, Scheme, Serve
 from builder.serving import environment, llama_swap_entry, llama_swap_yaml, serve_command, shell_words
 
 TEMPLATES: Final = Path(__file__).parents[1] / "templates"
 NOT_MEASURED: Final = "not measured"
 STAGES: Final = ("plan", "fetch", "calibrate", "quantize", "assemble", "verify", "perplexity", "lock")
-CARD_FILES: Final = ("README.md", "llama-swap.yaml", "serve.sh")  # rendered around the payload, and no part of it
+HUB_RESULTS: Final = ".eval_results/results.yaml"
+CARD_FILES: Final = (
+    "README.md",
+    "llama-swap.yaml",
+    "serve.sh",
+    HUB_RESULTS,
+)  # rendered around the payload, and no part of it
 MANY: Final = 6
 
 
@@ -89,13 +99,16 @@ def render_card(
     reproductions: Sequence[Mapping[str, Any]] = (),
     engines: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, str]:
-    """The files around the payload, by name: README.md; llama-swap.yaml and serve.sh if there is a serve profile.
+    """The files around the payload, by name: README.md; llama-swap.yaml and serve.sh if there is a serve profile;
+    `.eval_results/` if the Hub is told scores.
 
     receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else.
     reproductions: what rebuilds from the lock came to. engines: what those that were to serve it made of it.
-    Raises ManifestError or Problems for a serve profile that would not arrive as it is written.
+    Raises BuildError or Problems for a serve profile that would not arrive as it is written, and for result files that
+    cannot be read or may not be compared.
     """
     release = manifest.release
+    accuracy, speed = load_evaluations(manifest), load_benchmarks(manifest)
     records = {stage: Measured(receipts.get(stage)) for stage in STAGES}
     context: dict[str, Any] = {
         **records,
@@ -118,11 +131,15 @@ def render_card(
         "warnings": find_severity(records["verify"], "warning"),
         "reproductions": list(Measured(reproductions)),
         "engines": [describe_engine(check) for check in engines],
+        "accuracy": accuracy,
+        "speed": speed,
+        **describe_results(release, accuracy, speed),
+        **describe_snippets(release),
     }
-    files = {}
+    files = {HUB_RESULTS: yaml.safe_dump(list(accuracy.hub), sort_keys=False)} if accuracy.hub else {}
     if release.serve:
         context |= describe_serving(manifest, release.serve, records["plan"].facts.num_bytes.value)
-        files = {name: render(name, context) for name in ("llama-swap.yaml", "serve.sh")}
+        files |= {name: render(name, context) for name in ("llama-swap.yaml", "serve.sh")}
     return {"README.md": render("README.md", context), **files}
 
 
@@ -302,6 +319,55 @@ def list_compromises(release: Release) -> list[str]:
         ),
     )
     return [sentence for holds, sentence in sentences if holds]
+
+
+def describe_results(release: Release, accuracy: Accuracy, speed: Benchmarks) -> dict[str, Any]:
+    """Where the tables' figures come from: a line for each file of results, and what was run for them."""
+    sides = (("Base model", accuracy.base), ("This model", accuracy.quantized))
+    files = {(side, results.file): results for side, found in sides for results in found}
+    results: list[Results | Speed] = [*files.values(), *speed.sources]
+    return {
+        "accuracy_sources": [(side, found, is_elsewhere(release, side, found)) for (side, _), found in files.items()],
+        "result_notes": list(dict.fromkeys(note for found in results for note in found.notes)),
+        "result_commands": list(dict.fromkeys(command for found in results for command in found.commands)),
+    }
+
+
+def is_elsewhere(release: Release, side: str, results: Results) -> bool:
+    """Whether published figures that stand for this release are of another build's files."""
+    return side == "This model" and bool(results.source) and results.model != release.repo
+
+
+ENGINE_ARGUMENTS: Final = {
+    "tensor-parallel-size": int,
+    "max-model-len": int,
+    "max-num-seqs": int,
+    "gpu-memory-utilization": float,
+    "kv-cache-dtype": str,
+}
+"""Options of `vllm serve` that `LLM(...)` takes under the same name, and what it takes them as."""
+LLM_COMPRESSOR: Final = {"fp8_dynamic": "FP8_DYNAMIC", "w8a8": "W8A8", "w4a16": "W4A16"}
+
+
+def describe_snippets(release: Release) -> dict[str, Any]:
+    """Python for whoever tries the release without a server, or makes its weights with the library they equal."""
+    scheme, base = release.scheme[0], name_base(release)
+    alone = len(release.scheme) == 1
+    arguments = {}
+    for name, kind in ENGINE_ARGUMENTS.items():
+        value = (release.serve.args if release.serve else {}).get(name)
+        if isinstance(value, str):
+            with suppress(ValueError):  # 32k and the like are for the command line alone
+                arguments[name.replace("-", "_")] = kind(value)
+    context = {"release": release, "base": base, "scheme": scheme, "arguments": arguments}
+    made_by, code = "", ""
+    if alone and scheme.name in LLM_COMPRESSOR:
+        made_by = "llm-compressor 0.14 makes the same weights"
+        code = render("llm-compressor.py", context | {"preset": LLM_COMPRESSOR[scheme.name]})
+    elif alone and scheme == Scheme(name="nvfp4", layout=scheme.layout) and release.calibration:
+        made_by = "nvidia-modelopt 0.47 makes the same weights, with the input scales of the rows it is given"
+        code = render("modelopt.py", context)
+    return {"offline": render("offline.py", context), "made_by": made_by, "creation": code}
 
 
 def describe_serving(manifest: Manifest, serve: Serve, num_bytes: int | None) -> dict[str, Any]:
@@ -495,6 +561,31 @@ def spell_ordinal(shard: Mapping[str, int]) -> str:
     return NOT_MEASURED if shard.get("shard") is None else str(shard["shard"] + 1)
 
 
+def spell_score(score: Score | None) -> str:
+    """A score with its standard error, where that is known."""
+    if score is None:
+        return NOT_MEASURED
+    digits = ".2f" if score.percent else ".6g"
+    return f"{score.value:{digits}}" + (f" ± {score.stderr:{digits}}" if score.stderr is not None else "")
+
+
+def spell_ratio(ratio: float | None, unit: str = "") -> str:
+    return "---" if ratio is None else f"{ratio:.2f}{unit}"
+
+
+def spell_cell(cell: Cell | None, unit: str) -> str:
+    """A latency or throughput, and queries per dollar where there is a price."""
+    if cell is None:
+        return NOT_MEASURED
+    value, price = f"{cell.value:.4g}{unit}", cell.per_dollar
+    return value if price is None else f"{value}, {price:.3g}" if price < 100 else f"{value}, {price:.0f}"
+
+
+def spell_python(value: str | float) -> str:
+    """A literal of Python; texts in double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
 def spell_plain(text: str) -> str:
     """Text of its own lines in a plain text file: verbatim, but for what is no text and for space around it."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text).strip()
@@ -524,6 +615,11 @@ FILTERS: Final[Mapping[str, Callable[..., Escaped]]] = {
     "size": show(lambda number: spell_with_prefix(number, ("B", "kB", "MB", "GB", "TB"))),
     "duration": show(spell_duration),
     "date": show(lambda moment: moment[:10]),
+    "score": show(spell_score),
+    "ratio": show(spell_ratio),
+    "cell": show(spell_cell),
+    "use": show(describe_size),
+    "python": show(spell_python),
     "yes_no": show(lambda flag: "yes" if flag else "no"),
 }
 

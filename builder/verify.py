@@ -265,13 +265,15 @@ FORBIDDEN = {
 
 
 def check_files(reading: Reading) -> None:
+    beside = reading.expected.get("beside", ())
+    around = {Path(name).parts[0] for name in beside}
     for path in sorted(reading.artifact.rglob("*")):
         name = path.relative_to(reading.artifact).as_posix()
         if path.is_dir() and not path.is_symlink():
-            if path.name.startswith(".") or path.name == "__pycache__":
+            if name not in around and (path.name.startswith(".") or path.name == "__pycache__"):
                 reading.add("files", name, f"the folder {path.name} does not belong here", f"remove {name}")
             continue
-        if name in reading.expected.get("beside", ()):
+        if name in beside:
             continue
         reading.counts["files"] += 1
         if path.is_symlink() or not path.is_file():

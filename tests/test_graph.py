@@ -654,8 +654,15 @@ def test_mistakes_in_what_is_requested_are_told(doit: Run, project: Path, write_
     assert told.err == (
         "ERROR: no task takes --recalibate\n"
         "  in the command line\n"
-        "  fix: did you mean --recalibrate? Valid: --base, --json, --recalibrate, --with\n"
+        "  fix: did you mean --recalibrate? "
+        "Valid: --base, --json, --of-base, --prompts, --recalibrate, --single, --size, --url, --with\n"
     )
     assert "fix: write --recalibrate alone" in doit("reproduce:tiny", "--recalibrate=yes").err
+    assert doit("benchmark:tiny", "--url", "http://127.0.0.1:1").err == (
+        "tiny does not say how it is served\n"
+        "  in releases/tiny.yaml\n"
+        "  fix: add serve: to the manifest, or give --url=http://HOST:PORT and VLLM_PYTHON=a Python that has vLLM\n"
+    )
+    assert "fix: write --single alone" in doit("benchmark:tiny", "--single=yes").err
     assert "tasks take no argument such as recalibrate=" in doit("reproduce:tiny", "recalibrate=1").err
     assert not (project / "build" / "_reproduced").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import os
@@ -23,6 +24,7 @@ from builder.licenses import Obligations, collect_obligations
 from builder.manifest import Manifest, load_manifest
 from builder.render import (
     FILTERS,
+    FORMATS,
     NOT_MEASURED,
     STAGES,
     TEMPLATES,
@@ -462,6 +464,7 @@ def test_a_card_without_receipts_has_no_figure_at_all(tmp_path: Path) -> None:
     card = render_card(load_manifest(path), {}, write_obligations(tmp_path, ("mit",)))["README.md"]
     for row in ("Architecture", "Dimensions", "Parameters", "Original size", "Quantized size", "Date", "Payload"):
         assert re.search(rf"^\| {row} \| .*not measured", card, re.MULTILINE), row
+    card = re.sub(r"```python.*?```", "", card, flags=re.DOTALL)  # numbers of a program are no figures
     assert re.findall(r"\d+", re.sub(r"NVFP4|W4A4|E2M1|FP8|FP32|sha256|nvfp4|w4a4", "", card)) == [
         "4",
         "16",
@@ -470,7 +473,8 @@ def test_a_card_without_receipts_has_no_figure_at_all(tmp_path: Path) -> None:
 
 
 def test_no_template_has_a_figure_typed_in() -> None:
-    sources = {path.name: path.read_text("utf-8") for path in TEMPLATES.iterdir()}
+    programs = {path for path in TEMPLATES.iterdir() if path.name.endswith(".py.j2")}
+    sources = {path.name: path.read_text("utf-8") for path in set(TEMPLATES.iterdir()) - programs}
     assert {"README.md.j2", "NOTICE.j2", "serve.sh.j2", "llama-swap.yaml.j2"} == sources.keys()
     for name, source in sources.items():
         assert "{{" in source
@@ -714,3 +718,44 @@ def test_the_notice_is_a_function_of_base_licences_and_scheme_alone(tmp_path: Pa
     assert render_notice(write_manifest(tmp_path, **others), obligations) == notice
     assert render_notice(write_manifest(tmp_path, scheme={"name": "w4a16"}), obligations) != notice
     assert render_notice(write_manifest(tmp_path, base={**base, "model": "a/b"}), obligations) != notice
+
+
+# --- programs on the card ---------------------------------------------------------------------------------------------
+
+
+def read_programs(card: str) -> list[str]:
+    return [token.content for token in parse(card) if token.type == "fence" and token.info == "python"]
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_every_program_on_a_card_is_python_and_names_this_release(
+    tmp_path: Path, obligations: Obligations, name: str
+) -> None:
+    manifest = write_manifest(tmp_path, scheme={"name": name})
+    offline, *creation = read_programs(render_card(manifest, RECEIPTS, obligations)["README.md"])
+    assert [len(creation), *(compile(program, "card", "exec").co_name for program in (offline, *creation))] == [
+        0 if name == "nvfp4a16" else 1,
+        *["<module>"] * (1 + len(creation)),
+    ]
+    for argument in ('model="Kaleto/DeepSeek-R1-Distill-Llama-70B-NVFP4"', "max_model_len=32768", "max_tokens=256"):
+        assert argument in offline
+    for program in creation:
+        assert 'base = "deepseek-ai/DeepSeek-R1-Distill-Llama-70B"' in program and f'revision="{REVISION}"' in program
+        assert '"DeepSeek-R1-Distill-Llama-70B-NVFP4"' in program
+    presets = {"fp8_dynamic": '"FP8_DYNAMIC"', "w8a8": '"W8A8"', "w4a16": '"W4A16"', "nvfp4": "mtq.NVFP4_DEFAULT_CFG"}
+    assert all(presets[name] in program for program in creation)
+
+
+def test_a_card_promises_no_librarys_weights_where_they_would_differ(tmp_path: Path, obligations: Obligations) -> None:
+    mixed = [{"name": "fp8_dynamic", "match": "re:.*down_proj"}, {"name": "w8a8"}]
+    for scheme in (mixed, {"name": "nvfp4", "input_scale": "unit"}, {"name": "nvfp4", "ignore": ["lm_head", "a"]}):
+        card = render_card(write_manifest(tmp_path, scheme=scheme), RECEIPTS, obligations)["README.md"]
+        assert len(read_programs(card)) == 1 and "## Creation" not in card
+
+
+@pytest.mark.parametrize("text", ['"', "\\", "'''", "\n", "{{ x }}", "ü𝔘", "\u2028", "```"])
+def test_any_text_arrives_in_a_program_as_it_is(tmp_path: Path, obligations: Obligations, text: str) -> None:
+    manifest = change(write_manifest(tmp_path), calibration__column=text)
+    _, program = read_programs(render_card(manifest, RECEIPTS, obligations)["README.md"])
+    literals = [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)]
+    assert text in literals

@@ -24,8 +24,16 @@ def read(workspace: Workspace) -> Any:
         "receipts": {stage: workspace.receipt(stage) for stage in CARD_AFTER},
         "reproductions": list_reproductions(workspace),
         "engines": list_results(workspace),
+        "results": {name: workspace.digest_file(name) for name in sorted(list_result_files(workspace))},
         "templates": {path.name: sha256_file(path) for path in sorted(TEMPLATES.iterdir()) if path.is_file()},
     }
+
+
+def list_result_files(workspace: Workspace) -> set[str]:
+    """The files of results that the manifest names."""
+    release = workspace.manifest.release
+    evaluated = {name for entry in release.evaluation for name in (entry.base, entry.quantized)}
+    return evaluated | {entry.file for entry in release.benchmarks}
 
 
 def list_reproductions(workspace: Workspace) -> list[dict[str, Any]]:
@@ -49,7 +57,7 @@ def attest(workspace: Workspace) -> dict[str, str]:
 
 
 def run(workspace: Workspace) -> Outcome:
-    from builder.render import render_card
+    from builder.render import CARD_FILES, render_card
 
     receipts = {stage: receipt for stage in CARD_AFTER if (receipt := workspace.receipt(stage))}
     obligations = gather_obligations(workspace, workspace.base_folder())
@@ -57,7 +65,7 @@ def run(workspace: Workspace) -> Outcome:
         workspace.manifest, receipts, obligations, list_reproductions(workspace), list_results(workspace)
     )
     files |= attest(workspace)
-    for name in set(ATTESTATIONS) - files.keys():
+    for name in {*CARD_FILES, *ATTESTATIONS} - files.keys():
         (workspace.artifact / name).unlink(missing_ok=True)
     for name, text in files.items():
         write_atomic(workspace.artifact / name, text)

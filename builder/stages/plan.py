@@ -94,6 +94,8 @@ def read_base(folder: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
 
 def bind_names(workspace: Workspace) -> None:
     """Resolve every name a manifest holds as text: scheme, fixes, executor, licences. Reports all problems together."""
+    from builder.benchmarks import load_benchmarks
+    from builder.evaluation import load_evaluations
     from builder.fixes import bind_fixes
     from builder.licenses import bind_licenses
 
@@ -110,6 +112,8 @@ def bind_names(workspace: Workspace) -> None:
             base.licenses, acknowledged=base.acknowledge, license_files=license_files, where=manifest.where
         ),
         lambda: bind_serving(manifest),
+        lambda: load_evaluations(manifest),
+        lambda: load_benchmarks(manifest),
     ):
         try:
             bind()
