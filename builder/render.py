@@ -22,12 +22,14 @@ import yaml
 
 from builder.licenses import Obligations, state_changes
 from builder.manifest import Compatibility, Manifest, Release, Serve
-from builder.serving import environment, llama_swap_entry, llama_swap_yaml, serve_command, shell_words
+from builder.services import compose_yaml, quote_systemd
+from builder.serving import check_serve, environment, llama_swap_entry, llama_swap_yaml, serve_command
 
 TEMPLATES: Final = Path(__file__).parents[1] / "templates"
 NOT_MEASURED: Final = "not measured"
 STAGES: Final = ("plan", "fetch", "calibrate", "quantize", "assemble", "verify", "perplexity", "lock")
-CARD_FILES: Final = ("README.md", "llama-swap.yaml", "serve.sh")  # rendered around the payload, and no part of it
+SERVE_FILES: Final = ("compose.yaml", "llama-swap.yaml", "serve.sh", "vllm.service")
+CARD_FILES: Final = ("README.md", *SERVE_FILES)  # rendered around the payload, and no part of it
 MANY: Final = 6
 
 
@@ -88,7 +90,7 @@ def render_card(
     obligations: Obligations,
     reproductions: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, str]:
-    """The files around the payload, by name: README.md; llama-swap.yaml and serve.sh if there is a serve profile.
+    """The files around the payload, by name: README.md, and if there is a serve profile, what starts the server.
 
     receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else.
     reproductions: what rebuilds from the lock came to.
@@ -120,7 +122,7 @@ def render_card(
     files = {}
     if release.serve:
         context |= describe_serving(manifest, release.serve, records["plan"].facts.num_bytes.value)
-        files = {name: render(name, context) for name in ("llama-swap.yaml", "serve.sh")}
+        files = {name: render(name, context) for name in SERVE_FILES}
     return {"README.md": render("README.md", context), **files}
 
 
@@ -293,12 +295,14 @@ def describe_serving(manifest: Manifest, serve: Serve, num_bytes: int | None) ->
     """The profile's command twice, for the publisher's folder and for whoever takes the model from the Hub."""
     release = manifest.release
     served_name = serve.served_name or release.repo.rpartition("/")[2]
-    from_hub = serve.model_copy(update={"model_path": release.repo})
+    from_hub = serve.model_copy(update={"model_path": release.repo, "python": "python3"})
+    check_serve(serve, where=manifest.where)
     variables = environment(serve, where=manifest.where)
     return {
         "variables": variables,
         "words": serve_command(serve, served_name=served_name, where=manifest.where),
         "command": spell_command(variables, serve_command(from_hub, served_name=served_name, where=manifest.where)),
+        "compose": Escaped(compose_yaml(serve, name=manifest.name, served_name=served_name, where=manifest.where)),
         "llama_swap": Escaped(
             llama_swap_yaml(
                 llama_swap_entry(
@@ -314,12 +318,9 @@ def spell_command(variables: Sequence[tuple[str, str]], words: Sequence[str]) ->
     return "".join(f"{name}={shlex.quote(value)} \\\n" for name, value in variables) + break_command(words)
 
 
-def break_command(words: Sequence[str]) -> str:
-    """Words quoted for a shell, each option with its values on a line of its own."""
-    return " ".join(
-        f"\\\n  {quoted}" if word.startswith("--") else quoted
-        for word, quoted in zip(words, shell_words(words), strict=True)
-    )
+def break_command(words: Sequence[str], quote: Callable[[str], str] = shlex.quote) -> str:
+    """Words quoted for a shell, or a unit, each option with its values on a line of its own."""
+    return " ".join(f"\\\n  {quote(word)}" if word.startswith("--") else quote(word) for word in words)
 
 
 # --- filters ----------------------------------------------------------------------------------------------------------
@@ -495,6 +496,8 @@ FILTERS: Final[Mapping[str, Callable[..., Escaped]]] = {
     "yaml": show(spell_yaml),
     "shell": show(shlex.quote),
     "shell_words": show(break_command),
+    "systemd": show(quote_systemd),
+    "systemd_words": show(lambda words: break_command(words, quote_systemd)),
     "comment": show(flatten),
     "plain": show(spell_plain),
     "short": show(lambda digest: spell_code(digest[:12])),

@@ -183,6 +183,17 @@ def warn_of_compromises(manifest: Manifest) -> tuple[str, ...]:
     return tuple(f"warning (compatibility): {sentence}" for sentence in list_compromises(manifest.release))
 
 
+def warn_of_engine(manifest: Manifest) -> tuple[str, ...]:
+    """That options and variables of the profile could not be checked."""
+    from builder.engine import find_engine, list_versions
+
+    serve = manifest.release.serve
+    if serve is None or find_engine(serve.version):
+        return ()
+    known = ", ".join(list_versions())
+    return (f"warning (serve): no list of vLLM {serve.version} is here ({known}): its options are not checked",)
+
+
 def warn_of_names(workspace: Workspace) -> tuple[str, ...]:
     """What the licences say of the release's name, unless the publisher has acknowledged it."""
     from builder.licenses import LICENSES, name_warnings
@@ -217,7 +228,11 @@ def run(workspace: Workspace, *, with_data: bool = True) -> Outcome:
         "disk_needed": needed,
         "disk_free": free,
     }
-    warnings = (*warn_of_names(workspace), *warn_of_compromises(workspace.manifest))
+    warnings = (
+        *warn_of_names(workspace),
+        *warn_of_engine(workspace.manifest),
+        *warn_of_compromises(workspace.manifest),
+    )
     return Outcome(plan.facts(), circumstances, warnings)
 
 
