@@ -144,6 +144,13 @@ def read_unit(text: str) -> tuple[list[str], list[str]]:
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
+def test_compose_values_are_quoted_for_what_is_text_to_one_yaml_is_a_number_to_another(tmp_path: Path) -> None:
+    text = render_files(odd_profile(tmp_path))["compose.yaml"]
+    words, variables = expect(odd_profile(tmp_path))
+    quoted = [event.value for event in yaml.parse(text) if isinstance(event, yaml.ScalarEvent) and event.style == '"']
+    assert {word.replace("$", "$$") for word in (*words[1:], *variables)} < set(quoted)
+
+
 def test_what_serves_is_part_of_the_card_and_outside_the_lock() -> None:
     assert set(SERVE_FILES) < set(CARD_FILES)
 
