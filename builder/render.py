@@ -118,6 +118,7 @@ def render_card(
         "errors": find_severity(records["verify"], "error"),
         "warnings": find_severity(records["verify"], "warning"),
         "reproductions": list(Measured(reproductions)),
+        "size": records["plan"].circumstances.serving,
     }
     files = {}
     if release.serve:

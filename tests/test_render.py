@@ -178,7 +178,20 @@ CIRCUMSTANCES: dict[str, dict[str, Any]] = {
     "plan": {
         "shards": [
             {"index": n, "first_layer": 40 * n, "last_layer": 40 * n + 40, "num_quantizers": 280 + n} for n in (0, 1)
-        ]
+        ],
+        "serving": {
+            "name": "NVIDIA DGX Spark (GB10)",
+            "share": 0.8,
+            "budget_bytes": 104_453_604_638,
+            "weight_bytes": 42_709_336_480,
+            "read_bytes": 40_607_699_328,
+            "pool_bytes": 61_744_268_158,
+            "kv_bytes_per_token": 163_840,
+            "pool_tokens": 376_857,
+            "context": 32768,
+            "num_sequences": 11,
+            "speeds": [{"num_devices": n, "fits": True, "at_start": 6.7 * n, "at_context": 5.9 * n} for n in (1, 2)],
+        },
     },
     "calibrate": {
         "executor": "ray",
