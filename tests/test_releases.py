@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -11,10 +12,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from builder.errors import ManifestError
+from builder.errors import BuildError, ManifestError
+from builder.files import write_receipt
 from builder.manifest import list_releases, load_manifest
 from builder.pins import find_open
+from builder.sizing import REFERENCE, Rates
 from builder.stages import STAGES, Workspace, run_stage
+from builder.stages.fetch import check_beforehand
+from builder.stages.plan import find_rates
+from builder.stages.stage import describe_host
 from builder.terminal import print_plan
 
 RELEASES = Path(__file__).parents[1] / "releases"
@@ -104,3 +110,44 @@ def test_a_release_that_is_not_pinned_is_planned_but_not_fetched(tmp_path: Path)
     with pytest.raises(ManifestError) as caught:
         run_stage(workspace, STAGES[1])
     assert "fix: run `doit pin:deepseek-r1-70b`, or add `revision:` with a" in str(caught.value)
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def record_build(folder: Path, name: str, base: int, seconds: float, **changes: Any) -> None:
+    """The receipts of a build that took so long on this machine, as far as rates are told by them."""
+    circumstances = {"seconds": seconds, "machine": describe_host(), **changes}
+    facts = {
+        "plan": {"base_num_bytes": base, "num_parameters": base // 2},
+        "calibrate": {"rows": {"num_tokens": 1000}},
+        "quantize": {},
+    }
+    for stage, told in facts.items():
+        write_receipt(folder / name / "receipts" / f"{stage}.json", {"facts": told, "circumstances": circumstances})
+
+
+def test_the_rates_are_those_of_the_largest_build_of_this_machine(tmp_path: Path) -> None:
+    workspace = Workspace(load_manifest(RELEASES / "deepseek-r1-70b.yaml"), tmp_path / "new")
+    record_build(tmp_path, "small", 10**8, 1)
+    assert find_rates(workspace) == REFERENCE
+    record_build(tmp_path, "medium", 2 * 10**9, 4)
+    record_build(tmp_path, "elsewhere", 9 * 10**9, 1, machine="another")
+    record_build(tmp_path, "interrupted", 8 * 10**9, 1, resumed=True)
+    rates = Rates(quantize=5e8, calibrate=10**9 * 1000 / 4, source="this machine, where medium was built")
+    assert find_rates(workspace) == rates
+    record_build(tmp_path, "large", 3 * 10**9, 4)
+    assert find_rates(workspace).source == "this machine, where large was built"
+
+
+def test_a_small_disk_is_told_by_the_plan_and_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    workspace = Workspace(load_manifest(RELEASES / "deepseek-r1-70b-w4a16.yaml"), tmp_path)
+    lines = run_stage(workspace, STAGES[0])
+    assert "warning (disk): the build needs 44.8 GB of disk, and 1 GB are free" in lines
+    with pytest.raises(BuildError) as caught:
+        check_beforehand(workspace)
+    assert str(caught.value) == (
+        f"the build needs 44.8 GB of disk, and 1 GB are free\n  in {tmp_path}\n  fix: free some space there"
+    )
