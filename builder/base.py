@@ -330,7 +330,8 @@ def require_revision(manifest: Manifest) -> tuple[str, str]:
         raise ManifestError(
             f"base.revision is missing, and {base.model} may change under its name",
             manifest.where("base", "model"),
-            f"add `revision:` with the 40-hex commit shown at https://huggingface.co/{base.model}/commits/main",
+            f"run `doit pin:{manifest.name}`, or add `revision:` with a commit of "
+            f"https://huggingface.co/{base.model}/commits/main",
         )
     return base.model, base.revision
 

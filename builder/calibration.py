@@ -102,18 +102,24 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, content: Any, spec: Calibration
     return list(encoded["input_ids"])
 
 
+def require_revision(manifest: Manifest, spec: Calibration) -> str:
+    """The pinned revision of the data set; one that is not pinned is not built from."""
+    if spec.revision is None:
+        raise ManifestError(
+            f"calibration.revision is missing, and {spec.dataset} may change under its name",
+            manifest.where("calibration", "dataset"),
+            f"run `doit pin:{manifest.name}`, or add `revision:` with a 40-hex commit of the data set",
+        )
+    return spec.revision
+
+
 def read_texts(manifest: Manifest, spec: Calibration, where: str) -> list[Any]:
     """Every row's text or messages, in the data set's own order."""
     if spec.path is not None:
         return read_rows([manifest.resolve(spec.path)], spec, where)
     assert spec.dataset is not None
-    if spec.revision is None:
-        raise ManifestError(
-            f"calibration.revision is missing, and {spec.dataset} may change under its name",
-            where,
-            "add `revision:` with a 40-hex commit of the data set",
-        )
-    names = [file.name for file in hub.list_files(spec.dataset, spec.revision, kind="dataset", where=where)]
+    revision = require_revision(manifest, spec)
+    names = [file.name for file in hub.list_files(spec.dataset, revision, kind="dataset", where=where)]
     wanted = select_split(names, spec)
     if not wanted:
         config = f"config {spec.config}, " if spec.config else ""
@@ -129,7 +135,7 @@ def read_texts(manifest: Manifest, spec: Calibration, where: str) -> list[Any]:
             where,
             "set calibration.config to the one that is meant",
         )
-    folder = hub.download_files(spec.dataset, spec.revision, wanted, kind="dataset", where=where)
+    folder = hub.download_files(spec.dataset, revision, wanted, kind="dataset", where=where)
     return read_rows([folder / name for name in wanted], spec, where)
 
 

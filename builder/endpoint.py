@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder.benchmarks import ASKED, Load, Size, read_vllm_bench
+from builder.engine import MAIN, VARIABLE, make_environment
 from builder.errors import BuildError
 
 ANSWER_S = 10
@@ -37,11 +38,11 @@ def bench_command(
     """The words of `vllm bench serve`: random prompts of one size, alone or all at once, their result into `file`."""
     prompt, output = size
     return (
-        *(python, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+        *(python, *MAIN, "bench", "serve"),
         *("--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions"),
         *("--model", model, "--tokenizer", tokenizer),
         *("--dataset-name", "random", "--random-input-len", str(prompt), "--random-output-len", str(output)),
-        *("--num-prompts", str(num_prompts), "--temperature", "0", "--seed", "0"),
+        *("--num-prompts", str(num_prompts), "--temperature", "0", "--seed", "0", "--ignore-eos", "--num-warmups", "1"),
         *(("--max-concurrency", "1") if single else ()),
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--disable-tqdm"),
         *("--save-result", "--result-dir", str(file.parent), "--result-filename", file.name),
@@ -87,9 +88,17 @@ def run_vllm_bench(
 def run_command(command: Sequence[str]) -> None:
     """Run a command to its end. Raises BuildError with its last lines if it fails."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        done = subprocess.run(
+            command,
+            env=make_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
     except OSError as error:
-        fix = "set serve.python, or the environment variable VLLM_PYTHON, to an interpreter that has vLLM"
+        fix = f"set the environment variable {VARIABLE} to a Python that has vLLM"
         raise BuildError(f"{command[0]} cannot be started: {error.strerror}", "serve.python", fix) from None
     if done.returncode:
         tail = "\n  | ".join(done.stdout.strip().splitlines()[-TAIL:])

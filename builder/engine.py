@@ -21,6 +21,7 @@ from builder.files import read_json, write_json
 
 INSIDE: Final = Path(__file__).parent / "inside_vllm"
 VARIABLE: Final = "SERVING_PYTHON"
+MAIN: Final = ("-m", "vllm.entrypoints.cli.main")  # the `vllm` command
 OWN: Final = Path(__file__).parents[1] / ".venv-serving" / "bin" / "python"
 LONGEST_LOG: Final = 2000  # characters at its end that an error quotes
 KV_CACHE_GB: Final = 1  # that vLLM's CPU build sets aside
@@ -75,22 +76,27 @@ class Refusal:
 
 
 def find_engine(python: str | None = None) -> Engine:
-    """The vLLM to check with: of the variable SERVING_PYTHON, of the serve profile, or of `make serving-env`.
+    """The vLLM of `find_python`. Raises BuildError if there is none, or if it does not run."""
+    return describe_engine(find_python(python))
+
+
+def find_python(python: str | None = None) -> Path:
+    """The Python that has vLLM: of the variable SERVING_PYTHON, of the serve profile, or of `make serving-env`.
 
     python: the serve profile's interpreter; it counts if it is a path to one on this machine.
-    Raises BuildError if there is none, or if it does not run.
+    Raises BuildError if there is none.
     """
     named = os.environ.get(VARIABLE)
     if named:
         if not os.access(named, os.X_OK) or Path(named).is_dir():
             fix = "set it to the Python of an environment that has vLLM"
             raise BuildError(f"{named} is no program", f"the environment variable {VARIABLE}", fix)
-        return describe_engine(Path(named))
+        return Path(named)
     for path in (Path(python or ""), OWN):
         if path.is_absolute() and os.access(path, os.X_OK) and not path.is_dir():
-            return describe_engine(path)
+            return path
     raise BuildError(
-        "there is no vLLM to check with",
+        "there is no vLLM to be found",
         f"{VARIABLE}, serve.python, {OWN.parents[1].name}",
         f"`make serving-env` installs one for the CPU; or set {VARIABLE} to the Python of an environment that has vLLM",
     )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+MAX_LAYERS = 10_000  # making layers takes time even without weights, and no model has so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,10 @@ def build_model(config: Mapping[str, Any], where: str) -> PreTrainedModel:
             "use a base model of a decoder family that transformers knows",
         )
     dtype = read_dtype(config, where)
+    count = config.get("num_hidden_layers")
+    if isinstance(count, int) and count > MAX_LAYERS:
+        what = f"config.json has num_hidden_layers {count}, and no model has more than {MAX_LAYERS}"
+        raise BaseError(what, where, "mend config.json")
     try:
         parsed = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
         with torch.device("meta"):

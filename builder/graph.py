@@ -30,6 +30,7 @@ from builder.errors import BuildError, ManifestError, nearest
 from builder.files import canonical_json, write_atomic
 from builder.lock import ENDING, compare_versions, list_versions, name_release, require_lock, write_constraints
 from builder.manifest import Manifest, list_releases, load_manifest, show_path
+from builder.pins import pin_manifest
 from builder.published import find_place
 from builder.stages import STAGES, Stage, Workspace, hold, is_current, run_stage
 from builder.stages.benchmark import benchmark
@@ -50,7 +51,7 @@ ENDINGS = {
 ON_REQUEST = {
     "reproduce": "build again from the lock alone, and compare every file",
     "compare": "compare the lock with what was published: --with=FOLDER or --with=OWNER/NAME@COMMIT",
-    "pin": "write the versions that the lock was made with, for pip",
+    "pin": "write what is open: commits of the Hub into the manifest; the versions of the lock, for pip",
 }
 CHECK = "check-serving"
 CHECK_DOC = "load and serve the built artifact with a real vLLM, and judge what it reads and answers"
@@ -198,7 +199,7 @@ class Loader(TaskLoader2):  # type: ignore[misc]
             )
         tasks += make_checks(manifests)
         tasks += make_benchmarks(manifests)
-        tasks += make_requests(sorted(map(name_release, RELEASES.glob(f"*{ENDING}"))))
+        tasks += make_requests(sorted(map(name_release, RELEASES.glob(f"*{ENDING}"))), manifests)
         if cmd.execute_tasks:
             check_options(pos_args)
         if cmd.execute_tasks or cmd.get_name() == "clean":
@@ -357,20 +358,25 @@ def make_check_action(workspace: Workspace) -> Callable[[], TaskFailed | None]:
     return act
 
 
-def make_requests(names: Sequence[str]) -> list[Task]:
-    """The tasks that are no part of a build: what can be done with a lock, and `diff`."""
-    tasks = []
+def make_requests(names: Sequence[str], manifests: Mapping[str, Manifest | BuildError]) -> list[Task]:
+    """The tasks that are no part of a build: what can be done with a lock, `pin`, and `diff`.
+
+    names: of the locks there are.
+    """
+    tasks, every = [], {verb: list(names) for verb in ON_REQUEST} | {"pin": sorted({*names, *manifests})}
     for name in names:
         path = RELEASES / f"{name}{ENDING}"
         for verb, kind, act, params in (
             ("reproduce", Reproduction, make_reproduction(path), [RECALIBRATE, WITH, BASE]),
             ("compare", Task, make_comparison(path), [WITH]),
-            ("pin", Task, make_pin(path), []),
         ):
             tasks.append(kind(f"{verb}:{name}", [act], params=params, subtask_of=verb, doc=ON_REQUEST[verb]))
+    for name in every["pin"]:
+        act_of_pin = make_pin(RELEASES / f"{name}{ENDING}", manifests.get(name))
+        tasks.append(Task(f"pin:{name}", [act_of_pin], subtask_of="pin", doc=ON_REQUEST["pin"]))
     for verb, doc in ON_REQUEST.items():
-        every = [f"{verb}:{name}" for name in names]
-        tasks.append(Task(verb, None, task_dep=every, has_subtask=True, doc=f"{doc} ({verb}:NAME)"))
+        below = [f"{verb}:{name}" for name in every[verb]]
+        tasks.append(Task(verb, None, task_dep=below, has_subtask=True, doc=f"{doc} ({verb}:NAME)"))
     doc = "what differs between two releases, folders, locks or Hub repositories (diff ONE TWO [--json])"
     tasks.append(Task(DIFF, [print_differences], params=[JSON], pos_arg="sides", doc=doc))
     return tasks
@@ -452,21 +458,35 @@ def make_comparison(path: Path) -> Callable[..., TaskFailed | None]:
     return act
 
 
-def make_pin(path: Path) -> Callable[[], TaskFailed | None]:
+def make_pin(path: Path, manifest: Manifest | BuildError | None) -> Callable[[], TaskFailed | None]:
+    """path: of the lock, where there is one. manifest: None where there is only a lock."""
+
     def act() -> TaskFailed | None:
         try:
-            lock = require_lock(path)
+            if isinstance(manifest, BuildError):
+                raise manifest
+            pinned = pin_manifest(manifest) if manifest else {}
+            for repo, commit in pinned.items():
+                print(f"  {repo}: revision {commit}, written into {RELEASES / path.name.replace(ENDING, '.yaml')}")
+            if path.exists():
+                print_versions(path)
+            elif not pinned:
+                print("  nothing is open: revisions are pinned, and there is no lock yet")
         except BuildError as error:
             return fail(error)
-        name = name_release(path)
-        file = BUILD / FOLDER / name / "constraints.txt"
-        write_atomic(file, write_constraints(lock, name, str(file)))
-        changes = [str(change) for change in compare_versions(lock, list_versions(), BUILDER)]
-        print(f"  {file}: its first lines say how to install them")
-        print("\n".join(f"  {change}" for change in changes) or "  the environment that runs now is the lock's")
         return None
 
     return act
+
+
+def print_versions(path: Path) -> None:
+    """Write the versions that a lock was made with, for pip, and say how they differ from what runs now."""
+    lock, name = require_lock(path), name_release(path)
+    file = BUILD / FOLDER / name / "constraints.txt"
+    write_atomic(file, write_constraints(lock, name, str(file)))
+    changes = [str(change) for change in compare_versions(lock, list_versions(), BUILDER)]
+    print(f"  {file}: its first lines say how to install them")
+    print("\n".join(f"  {change}" for change in changes) or "  the environment that runs now is the lock's")
 
 
 def print_differences(as_json: bool, sides: Sequence[str]) -> TaskFailed | None:

@@ -47,6 +47,18 @@ class RemoteFile:
         return self.sha256 or self.git_sha1
 
 
+def find_commit(repo: str, *, kind: Kind, where: str) -> str:
+    """The 40-hex commit that a repository's main branch is at now. Raises BaseError."""
+    from huggingface_hub import HfApi
+
+    with explain_hub_errors(repo, None, kind, where):
+        api = HfApi(endpoint=endpoint())
+        commit = (api.model_info if kind == "model" else api.dataset_info)(repo, timeout=TIMEOUT_S).sha
+    if not re.fullmatch("[0-9a-f]{40}", commit or ""):
+        raise BaseError(f"{repo} has no commit yet", where, "use a repository with files in it")
+    return str(commit)
+
+
 def list_files(repo: str, revision: str, *, kind: Kind = "model", where: str) -> tuple[RemoteFile, ...]:
     """The files of a repository at a commit, sorted by name, in one request.
 
@@ -293,12 +305,15 @@ def page(repo: str, kind: Kind) -> str:
 
 
 @contextmanager
-def explain_hub_errors(repo: str, revision: str, kind: Kind, where: str) -> Iterator[None]:
-    """Turn what the Hub, its library and the network report into a BaseError; refuse a revision that is no commit."""
+def explain_hub_errors(repo: str, revision: str | None, kind: Kind, where: str) -> Iterator[None]:
+    """Turn what the Hub, its library and the network report into a BaseError; refuse a revision that is no commit.
+
+    revision: None where none is asked for.
+    """
     import httpx
     from huggingface_hub import errors
 
-    if not re.fullmatch("[0-9a-f]{40}", revision):
+    if revision is not None and not re.fullmatch("[0-9a-f]{40}", revision):
         what = f"revision {revision!r} is not a commit"
         raise BaseError(what, where, f"write the 40 hexadecimal digits of one of {page(repo, kind)}/commits/main")
     try:
@@ -308,7 +323,7 @@ def explain_hub_errors(repo: str, revision: str, kind: Kind, where: str) -> Iter
         raise BaseError(what, where, fix) from error
 
 
-def explain(error: Exception, repo: str, revision: str, kind: Kind) -> tuple[str, str]:
+def explain(error: Exception, repo: str, revision: str | None, kind: Kind) -> tuple[str, str]:
     """What is wrong, and how to mend it."""
     from huggingface_hub import errors
 

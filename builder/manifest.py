@@ -391,8 +391,21 @@ class Serve(Section):
     """The engine's options without leading dashes; true and false are for switches, all else stays as written."""
     env: Variables = {}
     """Environment variables of the server."""
+    image: Text | None = None
+    """Container image that has the engine; vLLM's own of that version if absent."""
     hardware: Name | None = None
     """The machine the profile is sized for."""
+
+
+class Group(Section):
+    name: Name
+    """Name of the group."""
+    swap: Switch = True
+    """Only one model of the group runs at a time."""
+    exclusive: Switch = True
+    """A model of the group unloads those of other groups."""
+    persistent: Switch = False
+    """Other groups do not unload those of this one."""
 
 
 class LlamaSwap(Section):
@@ -404,6 +417,12 @@ class LlamaSwap(Section):
     """Display name."""
     description: Annotated[Text, Field(max_length=1024)] | None = None
     """Display text."""
+    automatic_port: Switch = False
+    """llama-swap chooses the port, ${PORT}; else it is `serve.port`."""
+    container: Switch = False
+    """The server runs in a container of `serve.image`, which llama-swap starts and stops."""
+    group: Group | None = None
+    """The group of models it swaps with."""
 
 
 class Sampling(Section):
@@ -579,8 +598,16 @@ serve:
   port: 9007
   args: {max-model-len: 32768, gpu-memory-utilization: 0.80}
   env: {VLLM_MARLIN_USE_ATOMIC_ADD: 1}
+  image: vllm/vllm-openai:v0.32.0
   hardware: dgx-spark
-llama_swap: {ttl: 0, aliases: [r1-70b], name: DeepSeek R1 70B, description: Reasoning in four bits}
+llama_swap:
+  ttl: 0
+  aliases: [r1-70b]
+  name: DeepSeek R1 70B
+  description: Reasoning in four bits
+  automatic_port: true
+  container: false
+  group: {name: large, swap: true, exclusive: true, persistent: false}
 sampling:
   temperature: 0.6
   top_p: 0.95

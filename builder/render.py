@@ -26,18 +26,15 @@ from builder.benchmarks import Benchmarks, Cell, Speed, describe_size, load_benc
 from builder.evaluation import Accuracy, Results, Score, load_evaluations
 from builder.licenses import Obligations, state_changes
 from builder.manifest import Compatibility, Manifest, Release, Scheme, Serve
-from builder.serving import environment, llama_swap_entry, llama_swap_yaml, serve_command, shell_words
+from builder.services import compose_yaml, quote_systemd
+from builder.serving import check_serve, environment, llama_swap_entry, llama_swap_yaml, serve_command
 
 TEMPLATES: Final = Path(__file__).parents[1] / "templates"
 NOT_MEASURED: Final = "not measured"
 STAGES: Final = ("plan", "fetch", "calibrate", "quantize", "assemble", "verify", "perplexity", "lock")
 HUB_RESULTS: Final = ".eval_results/results.yaml"
-CARD_FILES: Final = (
-    "README.md",
-    "llama-swap.yaml",
-    "serve.sh",
-    HUB_RESULTS,
-)  # rendered around the payload, and no part of it
+SERVE_FILES: Final = ("compose.yaml", "llama-swap.yaml", "serve.sh", "vllm.service")
+CARD_FILES: Final = ("README.md", *SERVE_FILES, HUB_RESULTS)  # rendered around the payload, and no part of it
 MANY: Final = 6
 
 
@@ -99,7 +96,7 @@ def render_card(
     reproductions: Sequence[Mapping[str, Any]] = (),
     engines: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, str]:
-    """The files around the payload, by name: README.md; llama-swap.yaml and serve.sh if there is a serve profile;
+    """The files around the payload, by name: README.md; if there is a serve profile, what starts the server; and
     `.eval_results/` if the Hub is told scores.
 
     receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else.
@@ -135,11 +132,12 @@ def render_card(
         "speed": speed,
         **describe_results(release, accuracy, speed),
         **describe_snippets(release),
+        "size": records["plan"].circumstances.serving,
     }
     files = {HUB_RESULTS: yaml.safe_dump(list(accuracy.hub), sort_keys=False)} if accuracy.hub else {}
     if release.serve:
         context |= describe_serving(manifest, release.serve, records["plan"].facts.num_bytes.value)
-        files |= {name: render(name, context) for name in ("llama-swap.yaml", "serve.sh")}
+        files |= {name: render(name, context) for name in SERVE_FILES}
     return {"README.md": render("README.md", context), **files}
 
 
@@ -374,12 +372,14 @@ def describe_serving(manifest: Manifest, serve: Serve, num_bytes: int | None) ->
     """The profile's command twice, for the publisher's folder and for whoever takes the model from the Hub."""
     release = manifest.release
     served_name = serve.served_name or release.repo.rpartition("/")[2]
-    from_hub = serve.model_copy(update={"model_path": release.repo})
+    from_hub = serve.model_copy(update={"model_path": release.repo, "python": "python3"})
+    check_serve(serve, where=manifest.where)
     variables = environment(serve, where=manifest.where)
     return {
         "variables": variables,
         "words": serve_command(serve, served_name=served_name, where=manifest.where),
         "command": spell_command(variables, serve_command(from_hub, served_name=served_name, where=manifest.where)),
+        "compose": Escaped(compose_yaml(serve, name=manifest.name, served_name=served_name, where=manifest.where)),
         "llama_swap": Escaped(
             llama_swap_yaml(
                 llama_swap_entry(
@@ -395,12 +395,9 @@ def spell_command(variables: Sequence[tuple[str, str]], words: Sequence[str]) ->
     return "".join(f"{name}={shlex.quote(value)} \\\n" for name, value in variables) + break_command(words)
 
 
-def break_command(words: Sequence[str]) -> str:
-    """Words quoted for a shell, each option with its values on a line of its own."""
-    return " ".join(
-        f"\\\n  {quoted}" if word.startswith("--") else quoted
-        for word, quoted in zip(words, shell_words(words), strict=True)
-    )
+def break_command(words: Sequence[str], quote: Callable[[str], str] = shlex.quote) -> str:
+    """Words quoted for a shell, or a unit, each option with its values on a line of its own."""
+    return " ".join(f"\\\n  {quote(word)}" if word.startswith("--") else quote(word) for word in words)
 
 
 # --- filters ----------------------------------------------------------------------------------------------------------
@@ -601,6 +598,8 @@ FILTERS: Final[Mapping[str, Callable[..., Escaped]]] = {
     "yaml": show(spell_yaml),
     "shell": show(shlex.quote),
     "shell_words": show(break_command),
+    "systemd": show(quote_systemd),
+    "systemd_words": show(lambda words: break_command(words, quote_systemd)),
     "comment": show(flatten),
     "plain": show(spell_plain),
     "short": show(lambda digest: spell_code(digest[:12])),

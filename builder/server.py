@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from builder.engine import Engine, last_line, make_environment, tether
-from builder.errors import BuildError, VerifyError
+from builder.engine import MAIN, Engine, last_line, make_environment, tether
+from builder.errors import VerifyError
 
-MAIN: Final = ("-m", "vllm.entrypoints.cli.main")
 POLL_S: Final = 0.5
 STOP_S: Final = 30  # a server that has not ended by then is killed
 ANSWER_S: Final = 600
@@ -130,36 +129,3 @@ def request(url: str, body: Mapping[str, Any], log: Path) -> Any:
         raise VerifyError(f"the server answered {error.code}: {said}", url, f"its log is {log}") from error
     except (OSError, ValueError) as error:
         raise VerifyError(f"the server did not answer: {error}", url, f"its log is {log}") from error
-
-
-def run_benchmark(
-    engine: Engine, server: Server, tokenizer: Path, *, num_prompts: int, num_inputs: int, num_outputs: int, log: Path
-) -> dict[str, Any]:
-    """What `vllm bench serve` measures with one request at a time, as it writes it down; lengths in tokens.
-
-    Raises BuildError if it fails.
-    """
-    with tempfile.TemporaryDirectory(prefix="serving-") as scratch, log.open("wb") as output:
-        options = {
-            "base-url": server.address,
-            "model": server.served_name,
-            "tokenizer": str(tokenizer.absolute()),
-            "dataset-name": "random",
-            "random-input-len": str(num_inputs),
-            "random-output-len": str(num_outputs),
-            "num-prompts": str(num_prompts),
-            "num-warmups": "1",
-            "max-concurrency": "1",
-            "result-dir": scratch,
-            "result-filename": "result.json",
-        }
-        words = [f"--{name}={value}" for name, value in options.items()]
-        words += ["--save-result", "--ignore-eos", "--disable-tqdm"]
-        command = tether(engine, *MAIN, "bench", "serve", *words)
-        done = subprocess.run(command, env=make_environment(), stdout=output, stderr=output, check=False)
-        path = Path(scratch) / "result.json"
-        if done.returncode or not path.is_file():
-            what = f"`vllm bench serve` ended with exit code {done.returncode}: {last_line(log)}"
-            raise BuildError(what, str(log), "see what it says there")
-        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return result

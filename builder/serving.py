@@ -12,7 +12,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jsonschema
@@ -20,6 +20,7 @@ import yaml
 
 from builder.errors import BuildError, ManifestError, raise_all
 from builder.manifest import LlamaSwap, Serve
+from builder.options import find_options, find_refused
 
 LLAMA_SWAP_SCHEMA = Path(__file__).parent / "data" / "llama-swap-config-schema.json"
 DEFAULT_PROXY = "http://localhost:${PORT}"
@@ -43,10 +44,21 @@ def dotted(*keys: object) -> str:
 def serve_command(serve: Serve, *, served_name: str, where: Callable[..., str] = dotted) -> tuple[str, ...]:
     """The words of `vllm serve MODEL_PATH ...`, unquoted; options in the manifest's order, the address last.
 
+    The program is the one beside `serve.python`, for not every starter has its folder on the PATH.
     where: manifest keys -> where they stand, for errors.
     Raises ManifestError for an option that is set elsewhere, and for a value that would not arrive as it is written.
     """
-    return ("vllm", "serve", spell_path(serve, where), *spell_options(serve, served_name, where))
+    return (spell_program(serve, where), *serve_words(serve, served_name, where, str(serve.port)))
+
+
+def serve_words(serve: Serve, served_name: str, where: Callable[..., str], port: str) -> tuple[str, ...]:
+    """What follows the program's name."""
+    return ("serve", spell_path(serve, where), *spell_options(serve, served_name, where, port))
+
+
+def check_serve(serve: Serve, *, where: Callable[..., str] = dotted) -> None:
+    """Refuse options and variables that the stated version of the engine does not have, all of them together."""
+    raise_all([*find_refused(serve, where)])
 
 
 def environment(serve: Serve, *, where: Callable[..., str] = dotted) -> tuple[tuple[str, str], ...]:
@@ -54,11 +66,6 @@ def environment(serve: Serve, *, where: Callable[..., str] = dotted) -> tuple[tu
     for name, value in serve.env.items():
         check_text(value, where("serve", "env", name))
     return tuple(sorted(serve.env.items()))
-
-
-def shell_words(words: Sequence[str]) -> tuple[str, ...]:
-    """Each word quoted as a POSIX shell needs it, and only then."""
-    return tuple(shlex.quote(word) for word in words)
 
 
 def llama_swap_entry(
@@ -71,35 +78,68 @@ def llama_swap_entry(
 ) -> dict[str, Any]:
     """A whole llama-swap configuration with this one model, checked as llama-swap would check it.
 
-    The interpreter is named, for llama-swap starts `cmd` outside of any virtual environment.
     num_bytes: of the artifact's weights, sizes `healthCheckTimeout`; None leaves that at llama-swap's default, 120 s.
     Raises ManifestError or Problems, also for a value with "${": llama-swap would read it as a macro.
     """
-    check_text(serve.python, where("serve", "python"))
-    start = (serve.python, "-m", "vllm.entrypoints.openai.api_server", "--model")
-    words = (*start, spell_path(serve, where), *spell_options(serve, served_name, where))
     variables = environment(serve, where=where)
+    words = serve_words(serve, served_name, where, str(serve.port))
     shown = {key: text for key in ("name", "description") if (text := getattr(llama_swap, key)) is not None}
-    for text in (*words, *(value for _, value in variables), *llama_swap.aliases, *shown.values()):
+    program = (spell_program(serve, where), serve.image or "")
+    for text in (*program, *words, *(value for _, value in variables), *llama_swap.aliases, *shown.values()):
         if "${" in text:
-            raise ManifestError(
-                f"llama-swap would read a macro in {text!a}",
-                where("llama_swap"),
-                "write the value without ${, or leave out llama_swap",
-            )
+            what = f"llama-swap would read a macro in {text!a}"
+            raise ManifestError(what, where("llama_swap"), "write the value without ${")
+    port = "${PORT}" if llama_swap.automatic_port else str(serve.port)
+    words = serve_words(serve, served_name, where, port)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"vllm-{served_name}")
+    run = container_words(serve, name, variables, where) if llama_swap.container else (program[0],)
     model: dict[str, Any] = {
         **shown,
-        "proxy": f"http://{reachable(serve.host)}:{serve.port}",
+        "proxy": f"http://{reachable(serve.host)}:{port}",
         "ttl": llama_swap.ttl,
         "checkEndpoint": "/health",
         "aliases": list(llama_swap.aliases),
-        "env": [f"{name}={value}" for name, value in variables],
-        "cmd": shlex.join(words),
+        "env": [] if llama_swap.container else [f"{name}={value}" for name, value in variables],
+        "cmd": " ".join(shlex.quote(word) if word != port else port for word in (*run, *words)),
+        "cmdStop": f"docker stop {name}" if llama_swap.container else [],
     }
-    timeout = {} if num_bytes is None else {"healthCheckTimeout": health_check_timeout_s(num_bytes)}
-    config = {**timeout, "models": {served_name: {key: value for key, value in model.items() if value != []}}}
+    config: dict[str, Any] = {} if num_bytes is None else {"healthCheckTimeout": health_check_timeout_s(num_bytes)}
+    config["models"] = {served_name: {key: value for key, value in model.items() if value != []}}
+    if group := llama_swap.group:
+        config["groups"] = {group.name: group.model_dump(exclude={"name"}) | {"members": [served_name]}}
     check_llama_swap(config, where=where("llama_swap"))
     return config
+
+
+def container_words(
+    serve: Serve, name: str, variables: Sequence[tuple[str, str]], where: Callable[..., str]
+) -> tuple[str, ...]:
+    """`docker run` up to the image; it sees the host's network and GPUs, and the model where the host has it."""
+    mount = f"type=bind,source={serve.model_path},target={serve.model_path},readonly"
+    if is_folder(serve) and re.search(r"[,\"]", serve.model_path):
+        what = f"docker would split the path {serve.model_path!a}"
+        raise ManifestError(what, where("serve", "model_path"), "use a path without commas and quotes")
+    return (
+        *("docker", "run", "--init", "--rm", "--name", name, "--gpus", "all", "--ipc", "host", "--network", "host"),
+        *(("--mount", mount) if is_folder(serve) else ("--volume", "huggingface:/root/.cache/huggingface")),
+        *(f"--env={name}={value}" for name, value in variables),
+        *("--entrypoint", "vllm", name_image(serve, where)),
+    )
+
+
+def is_folder(serve: Serve) -> bool:
+    """Whether the model is a folder of the host, and not a Hub id."""
+    return serve.model_path.startswith("/")
+
+
+def name_image(serve: Serve, where: Callable[..., str]) -> str:
+    """The container image: the manifest's, or vLLM's own of the stated version."""
+    engine = find_options(serve.version)
+    image = serve.image or f"vllm/vllm-openai:v{engine.version if engine else serve.version}"
+    check_text(image, where("serve", "image" if serve.image else "version"))
+    if image.startswith("-"):
+        raise ManifestError(f"{image} would be read as an option", where("serve", "image"), "name an image")
+    return image
 
 
 def health_check_timeout_s(num_bytes: int) -> int:
@@ -163,6 +203,12 @@ def loader_problems(config: Mapping[str, Any], where: str) -> Iterator[BuildErro
         yield from command_problems(name, cmd, where)
     for alias in sorted({alias for alias in names if names.count(alias) > 1}):
         yield ManifestError(f"the name {alias} is given twice", where, "give every model and alias a name of its own")
+    members = [(group, name) for group, found in config.get("groups", {}).items() for name in found["members"]]
+    for group, name in members:
+        if name not in config["models"]:
+            yield ManifestError(f"{name} in group {group} is no model", where, "list names of models, not aliases")
+        if [other for _, other in members].count(name) > 1:
+            yield ManifestError(f"{name} is listed twice in groups", where, "put every model into one group at most")
 
 
 def command_problems(name: str, cmd: str, where: str) -> Iterator[BuildError]:
@@ -208,6 +254,18 @@ def command_lines(cmd: str) -> list[str]:
     return [cmd[begin:end].removesuffix(" ") for begin, end in zip([0, *cuts], [*cuts, len(cmd)], strict=True)]
 
 
+def spell_program(serve: Serve, where: Callable[..., str]) -> str:
+    """`vllm` beside the interpreter; on the PATH, as the interpreter, where that has no folder."""
+    place = where("serve", "python")
+    check_text(serve.python, place)
+    if "/" not in serve.python and not serve.python.startswith("-"):
+        return "vllm"
+    if not serve.python.startswith("/"):
+        what = f"{serve.python} is relative, but llama-swap and systemd start programs elsewhere"
+        raise ManifestError(what, place, "write an absolute path, or python3 for the one on the PATH")
+    return str(PurePosixPath(serve.python).parent / "vllm")
+
+
 def spell_path(serve: Serve, where: Callable[..., str]) -> str:
     place = where("serve", "model_path")
     if serve.model_path.startswith("-"):
@@ -216,8 +274,9 @@ def spell_path(serve: Serve, where: Callable[..., str]) -> str:
     return serve.model_path
 
 
-def spell_options(serve: Serve, served_name: str, where: Callable[..., str]) -> Iterator[str]:
+def spell_options(serve: Serve, served_name: str, where: Callable[..., str], port: str) -> Iterator[str]:
     """All options as words: true is --flag, false --no-flag, and a list repeats values."""
+    engine = find_options(serve.version)
     yield from spell_option("served-model-name", served_name, where("serve", "served_name"))
     for name, value in serve.args.items():
         place = where("serve", "args", name)
@@ -232,9 +291,13 @@ def spell_options(serve: Serve, served_name: str, where: Callable[..., str]) -> 
             )
         if name.startswith("no-") and value is False:
             raise ManifestError(f"{name}: false says no twice", place, f"write {name.removeprefix('no-')}: true")
-        yield from spell_option(name, value, place)
+        if engine and engine.repeats(name) and isinstance(value, tuple):
+            for item in value:
+                yield from spell_option(name, item, place)
+        else:
+            yield from spell_option(name, value, place)
     yield from spell_option("host", serve.host, where("serve", "host"))
-    yield from spell_option("port", str(serve.port), where("serve", "port"))
+    yield from spell_option("port", port, where("serve", "port"))
 
 
 def spell_option(name: str, value: bool | str | tuple[str, ...], place: str) -> list[str]:

@@ -48,12 +48,61 @@ def print_plan(workspace: Workspace, console: Console) -> None:
         ("size", f"{show_bytes(plan['base_num_bytes'])} -> {show_bytes(plan['num_bytes'])}"),
         ("tensors", f"{plan['num_tensors']:,} in {len(plan['files'])} file{'s' * (len(plan['files']) > 1)}"),
         ("disk", f"{show_bytes(aside['disk_needed'])} needed, {show_bytes(aside['disk_free'])} free"),
+        ("work", tell_work(aside["work"])),
+        ("time", tell_time(aside["work"])),
+        *tell_serving(aside["serving"]),
     ):
         facts.add_row(f"[bold]{label}[/]", escape(text))
     console.print(f"[bold]{escape(release.title)}[/]", highlight=False)
     console.print(facts, highlight=False)
     console.print(tabulate_shards(aside), highlight=False)
     console.print(tabulate_files(plan["files"]), highlight=False)
+
+
+def tell_work(work: Mapping[str, Any]) -> str:
+    """All that a build reads and writes."""
+    return f"{show_bytes(sum(work['read'].values()))} to read, {show_bytes(work['written'])} to write"
+
+
+def tell_time(work: Mapping[str, Any]) -> str:
+    """About how long the long stages take, and as which machine."""
+    parts = [
+        f"{show_duration(work[f'{stage}_s'])} to {stage}" for stage in ("calibrate", "quantize") if work[f"{stage}_s"]
+    ]
+    return f"about {' and '.join(parts)}, as on {work['rates']}"
+
+
+def show_duration(seconds: float) -> str:
+    """Two units: 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 120 else f"{minutes} min"
+
+
+def tell_serving(size: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Whether a profile fits its hardware, and what it could yield at most; computed, not measured."""
+    if size is None:
+        return []
+    rows = [
+        (
+            "serving",
+            f"{size['name']}: {show_bytes(size['weight_bytes'])} of weights in "
+            f"{show_bytes(size['budget_bytes'])}, at most {show_bytes(size['pool_bytes'])} for the KV cache",
+        )
+    ]
+    if size["pool_tokens"] is not None:
+        text = f"{size['kv_bytes_per_token']:,} bytes per token: room for {size['pool_tokens']:,} tokens"
+        if size["num_sequences"] is not None:
+            text += f", {size['num_sequences']:,} sequences of {size['context']:,}"
+        rows.append(("KV cache", text))
+    for speed in size["speeds"]:
+        text = f"at most {speed['at_start']:.1f} tokens/s for one stream"
+        if speed["at_context"] is not None:
+            text += f", {speed['at_context']:.1f} at {size['context']:,} tokens"
+        label = f"{speed['num_devices']}, tensor parallel" if speed["tensor_parallel"] else "one device"
+        rows.append((label, text if speed["fits"] else "does not fit"))
+    return rows
 
 
 def tabulate_shards(aside: Mapping[str, Any]) -> Table:

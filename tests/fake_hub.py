@@ -17,7 +17,7 @@ import pytest
 
 LFS = (".safetensors", ".parquet")
 ROUTE = re.compile(
-    r"/api/(?P<kind>model|dataset)s/(?P<listed>[^/]+/[^/]+)/revision/(?P<listed_revision>\w+)"
+    r"/api/(?P<kind>model|dataset)s/(?P<listed>[^/]+/[^/]+)(/revision/(?P<listed_revision>\w+))?"
     r"|/(?P<is_dataset>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>\w+)/(?P<name>.+)"
     r"|/cdn/(?P<sha256>\w+)/(?P<cdn_name>.+)"
 )
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get((kind, route["listed"] or route["repo"]))
         if repo is None:
             return self.refuse(404 if shown else 401, "RepoNotFound")
-        if repo.revision != (route["listed_revision"] or route["revision"]):
+        if repo.revision != (route["listed_revision"] or route["revision"] or repo.revision):
             return self.refuse(404, "RevisionNotFound")
         if route["listed"]:
             return self.send_listing(kind, route["listed"], repo)

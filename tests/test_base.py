@@ -375,7 +375,7 @@ def test_a_hub_id_without_revision_is_not_built_from(write_release: WriteRelease
         assert refusal(lambda act=act: act(manifest), ManifestError) == (  # type: ignore[misc]
             f"base.revision is missing, and {REPO} may change under its name\n"
             f"  in {manifest.where('base', 'model')}\n"
-            f"  fix: add `revision:` with the 40-hex commit shown at https://huggingface.co/{REPO}/commits/main"
+            f"  fix: run `doit pin:tiny`, or add `revision:` with a commit of https://huggingface.co/{REPO}/commits/main"
         )
 
 

@@ -371,7 +371,7 @@ def test_a_data_set_without_revision_is_not_read(release: Release) -> None:
     assert refusal(manifest, BuildError) == (
         f"calibration.revision is missing, and {DATASET} may change under its name\n"
         f"  in {manifest.where('calibration', 'dataset')}\n"
-        "  fix: add `revision:` with a 40-hex commit of the data set"
+        f"  fix: run `doit pin:{manifest.name}`, or add `revision:` with a 40-hex commit of the data set"
     )
 
 

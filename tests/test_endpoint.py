@@ -159,7 +159,7 @@ def test_a_benchmark_without_a_result_and_a_python_that_is_not_there_are_told(
         with pytest.raises(BuildError) as caught:
             run(str(tmp_path / "gone"), url, tmp_path / "f.json")
     assert str(caught.value).splitlines()[0].endswith("gone cannot be started: No such file or directory")
-    assert "VLLM_PYTHON" in caught.value.fix
+    assert "SERVING_PYTHON" in caught.value.fix
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_the_result_is_kept_beside_the_manifest_with_the_entry_for_it(
     workspace: Workspace, python: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = "print(*sys.argv[1:], file=open(sys.argv[0] + '.told', 'w'))"
-    monkeypatch.setenv("VLLM_PYTHON", python(KEEP + told))
+    monkeypatch.setenv("SERVING_PYTHON", python(KEEP + told))
     releases = workspace.manifest.path.parent
     with serve(models("tiny")) as url:
         entry = measure(workspace, url)

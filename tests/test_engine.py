@@ -27,7 +27,7 @@ def test_without_any_vllm_both_ways_to_one_are_told(monkeypatch: pytest.MonkeyPa
     with pytest.raises(BuildError) as caught:
         find_engine("python3")  # found on PATH, perhaps, but meant for the host that serves
     assert str(caught.value) == (
-        "there is no vLLM to check with\n"
+        "there is no vLLM to be found\n"
         "  in SERVING_PYTHON, serve.python, .venv-serving\n"
         "  fix: `make serving-env` installs one for the CPU; "
         "or set SERVING_PYTHON to the Python of an environment that has vLLM"

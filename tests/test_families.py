@@ -309,6 +309,13 @@ def test_a_config_that_makes_no_model_is_refused_in_three_lines(changes: dict[st
     )
 
 
+def test_more_layers_than_any_model_has_are_refused_before_they_are_made() -> None:
+    assert refusal("LlamaForCausalLM", "llama", num_hidden_layers=10**9) == (
+        "config.json has num_hidden_layers 1000000000, and no model has more than 10000\n"
+        f"  in {WHERE}\n  fix: mend config.json"
+    )
+
+
 def test_a_config_that_makes_a_model_which_cannot_run_is_refused_in_three_lines() -> None:
     assert refusal("LlamaForCausalLM", "llama", num_key_value_heads=3) == (
         "config.json makes a LlamaForCausalLM that does not run: RuntimeError: "

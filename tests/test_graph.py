@@ -21,6 +21,7 @@ import torch
 import yaml
 from conftest import build
 from doit.doit_cmd import DoitMain
+from fake_hub import serve_fake_hub
 
 from builder.base import open_checkpoint
 
@@ -636,6 +637,22 @@ def test_a_release_is_reproduced_compared_pinned_and_diffed_from_the_command_lin
     assert artifact.exists()
 
 
+def test_open_revisions_are_pinned_from_the_command_line(
+    doit: Run, project: Path, write_release: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_release(**QUICK, **{"base.path": None, "base.model": "owner/model"})
+    with serve_fake_hub(tmp_path, monkeypatch) as fake:
+        assert "has no model owner/model, or does not show it to you" in doit("pin:tiny").err
+        commit = fake.add("owner/model", {"config.json": b"{}"})
+        told = doit("pin:tiny")
+        assert (told.code, told.err) == (0, "")
+        assert told.out == f"  owner/model: revision {commit}, written into releases/tiny.yaml\n"
+        assert f"  model: owner/model\n  revision: {commit}\n" in path.read_text()
+    assert doit("pin:tiny").out == "  nothing is open: revisions are pinned, and there is no lock yet\n"
+    path.write_text("manifest: 2")
+    assert doit("pin:tiny").code == 1
+
+
 def test_mistakes_in_what_is_requested_are_told(doit: Run, project: Path, write_release: Callable[..., Path]) -> None:
     build(write_release(**QUICK), project / "build" / "tiny", "lock", without=("verify", "perplexity"))
     assert "did you mean reproduce:tiny? Valid: reproduce, reproduce:tiny" in doit("reproduce:tyni").err
@@ -661,7 +678,7 @@ def test_mistakes_in_what_is_requested_are_told(doit: Run, project: Path, write_
     assert doit("benchmark:tiny", "--url", "http://127.0.0.1:1").err == (
         "tiny does not say how it is served\n"
         "  in releases/tiny.yaml\n"
-        "  fix: add serve: to the manifest, or give --url=http://HOST:PORT and VLLM_PYTHON=a Python that has vLLM\n"
+        "  fix: add serve: to the manifest, or give --url=http://HOST:PORT\n"
     )
     assert "fix: write --single alone" in doit("benchmark:tiny", "--single=yes").err
     assert "tasks take no argument such as recalibrate=" in doit("reproduce:tiny", "recalibrate=1").err

@@ -19,7 +19,8 @@ from builder.errors import BuildError, ManifestError, Problems
 from builder.families import Architecture, describe_architecture
 from builder.manifest import Manifest, load_manifest
 from builder.plan import (
-    WORKSPACE_BYTES,
+    CALIBRATE_BYTES,
+    QUANTIZE_BYTES,
     Plan,
     PlannedFile,
     Unit,
@@ -590,12 +591,44 @@ def test_memory_grows_with_rows_their_length_and_the_layers(tiny: Architecture, 
         return estimate_memory(architecture, plan_units(architecture, scheme, {"lm_head"}), rows, longest)
 
     calibrate, quantize = estimate(tiny)
-    assert min(calibrate, quantize) > WORKSPACE_BYTES
+    assert calibrate > CALIBRATE_BYTES and quantize > QUANTIZE_BYTES
     assert estimate(tiny, rows=9)[0] > calibrate and estimate(tiny, rows=9)[1] == quantize
     assert estimate(tiny, longest=65)[0] > calibrate and estimate(tiny, longest=65)[1] == quantize
     wide = estimate(describe(intermediate_size=256))
     assert wide[0] > calibrate and wide[1] > quantize
     assert estimate(describe(num_hidden_layers=9)) == (calibrate, quantize)
+
+
+SMALL = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "head_dim": 64, "vocab_size": 8192}
+MEDIUM = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "head_dim": 64,
+    "vocab_size": 32000,
+}
+LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "head_dim": 128}
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "measured"),
+    [
+        (SMALL | {"num_key_value_heads": 4}, 0, 219_840_512),
+        (MEDIUM | {"num_key_value_heads": 8}, 0, 290_000_000),
+        (LARGE | {"num_key_value_heads": 8}, 0, 444_000_000),
+        (MEDIUM | {"num_key_value_heads": 8}, 16, 683_000_000),
+    ],
+    ids=["0.1 GB", "3 GB", "16 GB", "3 GB, 16 rows of 256 tokens"],
+)
+def test_measured_peaks_stay_below_the_estimate_and_near_it(
+    shape: dict[str, Any], rows: int, measured: int, write_release: WriteRelease
+) -> None:
+    """The peaks of tests/benchmarks/results/build.json; a layer more takes no more memory."""
+    scheme = bind_scheme(load_manifest(write_release()))
+    architecture = describe(**shape)
+    units = plan_units(architecture, scheme, {"lm_head"})
+    calibrate, quantize = estimate_memory(architecture, units, rows, 256 if rows else 0)
+    assert measured <= (calibrate or quantize) <= 1.2 * measured
 
 
 def test_more_shards_need_no_more_memory(make_plan: Callable[..., Plan], seventy_b: Architecture) -> None:

@@ -23,8 +23,10 @@ from markdown_it import MarkdownIt
 from builder.licenses import Obligations, collect_obligations
 from builder.manifest import Manifest, load_manifest
 from builder.render import (
+    CARD_FILES,
     FILTERS,
     FORMATS,
+    HUB_RESULTS,
     NOT_MEASURED,
     STAGES,
     TEMPLATES,
@@ -179,7 +181,20 @@ CIRCUMSTANCES: dict[str, dict[str, Any]] = {
     "plan": {
         "shards": [
             {"index": n, "first_layer": 40 * n, "last_layer": 40 * n + 40, "num_quantizers": 280 + n} for n in (0, 1)
-        ]
+        ],
+        "serving": {
+            "name": "NVIDIA DGX Spark (GB10)",
+            "share": 0.8,
+            "budget_bytes": 104_453_604_638,
+            "weight_bytes": 42_709_336_480,
+            "read_bytes": 40_607_699_328,
+            "pool_bytes": 61_744_268_158,
+            "kv_bytes_per_token": 163_840,
+            "pool_tokens": 376_857,
+            "context": 32768,
+            "num_sequences": 11,
+            "speeds": [{"num_devices": n, "fits": True, "at_start": 6.7 * n, "at_context": 5.9 * n} for n in (1, 2)],
+        },
     },
     "calibrate": {
         "executor": "ray",
@@ -475,7 +490,7 @@ def test_a_card_without_receipts_has_no_figure_at_all(tmp_path: Path) -> None:
 def test_no_template_has_a_figure_typed_in() -> None:
     programs = {path for path in TEMPLATES.iterdir() if path.name.endswith(".py.j2")}
     sources = {path.name: path.read_text("utf-8") for path in set(TEMPLATES.iterdir()) - programs}
-    assert {"README.md.j2", "NOTICE.j2", "serve.sh.j2", "llama-swap.yaml.j2"} == sources.keys()
+    assert sources.keys() == {f"{name}.j2" for name in (*CARD_FILES, "NOTICE") if name != HUB_RESULTS}
     for name, source in sources.items():
         assert "{{" in source
         known = re.sub(r"sha256|partition\(\"/\"\)\[0\]|fixed\(\d\)", "", source)
@@ -659,9 +674,8 @@ def test_a_profiles_words_reach_llama_swap_and_a_shell_as_they_are(
 ) -> None:
     changed = change(
         manifest,
-        serve__args={"chat-template": word, "flag": True, "list": ("a b", "c")},
+        serve__args={"chat-template": word, "enforce-eager": True, "api-key": ("a b", "c")},
         serve__env={"SOME_VARIABLE": word},
-        serve__version=word + "\nexit 1",
     )
     files = render_card(changed, RECEIPTS, obligations)
     serve = changed.release.serve
@@ -673,9 +687,9 @@ def test_a_profiles_words_reach_llama_swap_and_a_shell_as_they_are(
     variable, *from_hub = shlex.split(command.replace("\\\n", ""))
     assert variable == f"SOME_VARIABLE={word}"
     assert from_hub[3:] == [*serve_command(serve, served_name=name)[3:]]
-    assert "exec vllm serve" in files["serve.sh"]
+    assert "exec /opt/vllm/bin/vllm serve" in files["serve.sh"]
     subprocess.run(["bash", "-n"], input=files["serve.sh"].encode(), check=True)
-    script = files["serve.sh"].replace("exec vllm", "exec_vllm", 1)
+    script = files["serve.sh"].replace("exec /opt/vllm/bin/vllm", "exec_vllm", 1)
     function = 'exec_vllm() { printf "%s\\0" "$SOME_VARIABLE" "$@"; }\n'
     shell = {"input": (function + script).encode(), "capture_output": True, "check": True}
     said = subprocess.run(["sh", "-s", "--", "--more"], env={"PATH": os.environ["PATH"]}, **shell).stdout.decode()  # type: ignore[call-overload]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,11 @@ import yaml
 
 from builder.benchmarks import Load, read_size
 from builder.endpoint import run_vllm_bench
+from builder.engine import find_python
 from builder.errors import BuildError
 from builder.manifest import show_path
 from builder.serving import reachable
 from builder.stages.workspace import Workspace
-
-PYTHON = "VLLM_PYTHON"
 
 
 def benchmark(
@@ -32,17 +30,16 @@ def benchmark(
     if len(tokens) != 2 or not all(part.isdecimal() and int(part) for part in tokens) or num_prompts < 1:
         fix = "write for example --size=1024/128 --prompts=50, prompt and output tokens of each request"
         raise BuildError(f"{num_prompts} prompts of size {size} cannot be sent", "the command line", fix)
-    python = os.environ.get(PYTHON) or (serve.python if serve else "")
     url = url or (f"http://{reachable(serve.host)}:{serve.port}" if serve else "")
-    if not python or not url:
-        fix = f"add serve: to the manifest, or give --url=http://HOST:PORT and {PYTHON}=a Python that has vLLM"
+    if not url:
+        fix = "add serve: to the manifest, or give --url=http://HOST:PORT"
         raise BuildError(f"{manifest.name} does not say how it is served", show_path(manifest.path), fix)
     ours = (serve.served_name if serve else None) or manifest.release.repo.rpartition("/")[2]
     side = "base" if of_base else "quantized"
     kind = "one" if single else "many"
     file = manifest.path.parent / manifest.name / f"speed-{side}-{'-'.join(tokens)}-{kind}.json"
     load = run_vllm_bench(
-        python,
+        str(find_python(serve.python if serve else None)),
         url,
         read_size("/".join(tokens)),
         tokenizer=find_tokenizer(workspace, of_base=of_base),

@@ -11,7 +11,7 @@ from builder.files import digest
 from builder.plan import Plan
 from builder.schemes import bind_scheme
 from builder.stages.jobs import common_job, describe_jobs, run_jobs
-from builder.stages.plan import make_plan
+from builder.stages.plan import make_plan, require_disk
 from builder.stages.stage import BUILDER, Outcome, Stage, keep_nothing
 from builder.stages.workspace import Workspace
 
@@ -47,6 +47,7 @@ def run(workspace: Workspace) -> Outcome:
     from builder.worker import merge_amax, read_amax, write_amax
 
     plan = make_plan(workspace, workspace.base_folder())
+    require_disk(workspace, plan)
     folder = workspace.base_folder()
     rows = choose_rows(workspace.manifest, folder)
     reads = read(workspace)

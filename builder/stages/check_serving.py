@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from builder.answers import Answer, find_degeneration, read_chat, read_completion
+from builder.endpoint import run_vllm_bench
 from builder.engine import Engine, Reading, Refusal, average_losses, find_engine, read_artifacts
 from builder.errors import BuildError, VerifyError, raise_all
 from builder.files import digest, read_receipt, write_receipt
 from builder.manifest import Serve
-from builder.server import Server, find_port, run_benchmark, run_server
+from builder.server import Server, find_port, run_server
 from builder.serving import health_check_timeout_s, serve_command
 from builder.stages import verify
 from builder.stages.stage import hold, is_current
@@ -336,20 +337,25 @@ def measure_speed(
     engine: Engine, server: Server, workspace: Workspace, size: tuple[int, int, int], longest: int
 ) -> dict[str, Any]:
     """Medians of `vllm bench serve`: ms to the first token, tokens a second, one request at a time."""
-    num_prompts, num_inputs, num_outputs = size
-    found = run_benchmark(
-        engine,
-        server,
-        workspace.artifact,
+    num_prompts, *lengths = size
+    prompt, output = (min(length, longest // 4) for length in lengths)
+    load = run_vllm_bench(
+        str(engine.python),
+        server.address,
+        (prompt, output),
+        tokenizer=str(workspace.artifact.absolute()),
         num_prompts=num_prompts,
-        num_inputs=min(num_inputs, longest // 4),
-        num_outputs=min(num_outputs, longest // 4),
-        log=workspace.folder / RECEIPT / "benchmark.log",
+        single=True,
+        file=workspace.folder / RECEIPT / "benchmark.json",
+        model=server.served_name,
     )
+    if load.num_failed:
+        what = f"{load.num_failed} of {num_prompts} requests of the benchmark failed"
+        raise VerifyError(what, str(server.log), "see what the server says there")
     return {
-        "ttft_ms": found["median_ttft_ms"],
-        "tokens_per_s": found["output_throughput"],
-        "num_prompts": found["completed"],
-        "input_tokens": found["total_input_tokens"],
-        "output_tokens": found["total_output_tokens"],
+        "ttft_ms": load.first_token_ms,
+        "tokens_per_s": load.output_tokens_per_s,
+        "num_prompts": num_prompts,
+        "prompt_tokens": prompt,
+        "output_tokens": output,
     }

@@ -7,9 +7,11 @@ from typing import Any
 
 from builder import lock
 from builder.base import begin_hashing, fetch_base, hash_files, list_base_files, locate_base
+from builder.calibration import require_revision
 from builder.digests import identify_file
 from builder.errors import BuildError
 from builder.stages.jobs import name_executor
+from builder.stages.plan import make_plan, require_disk
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
 
@@ -25,6 +27,8 @@ def read(workspace: Workspace) -> Any:
 
 def run(workspace: Workspace) -> Outcome:
     known = workspace.circumstances("fetch").get("files", {})
+    if locate_base(workspace.manifest) is None:  # a download of hours
+        check_beforehand(workspace)
     folder = fetch_base(workspace.manifest)
     begin_hashing(folder, known)
     if name_executor(workspace) == "in_process":
@@ -41,6 +45,14 @@ def run(workspace: Workspace) -> Outcome:
         {"folder": str(folder.absolute()), "files": files},
         tuple(f"{name} has changed since the last build: what was made from it is made anew" for name in changed),
     )
+
+
+def check_beforehand(workspace: Workspace) -> None:
+    """Refuse what a later stage would stop at: a data set that is not pinned, a disk without room for the result."""
+    calibration, plan = workspace.manifest.release.calibration, make_plan(workspace)
+    if calibration and calibration.dataset and plan.measures_inputs:
+        require_revision(workspace.manifest, calibration)
+    require_disk(workspace, plan)
 
 
 def tell_large(name: str, num_bytes: int) -> None:

@@ -19,12 +19,16 @@ from builder.base import (
 from builder.calibration import read_texts
 from builder.digests import identify_file
 from builder.errors import BuildError, ManifestError, Problems, nearest, raise_all
+from builder.files import read_receipt
 from builder.manifest import Manifest
-from builder.plan import Plan, plan_release
+from builder.plan import Plan, PlannedFile, plan_release
 from builder.schemes import bind_scheme
+from builder.sizing import REFERENCE, Rates, find_hardware, size_build, size_serving, warn_of_serving
 from builder.stages.jobs import name_executor
-from builder.stages.stage import Outcome, Stage, keep_nothing
+from builder.stages.stage import Outcome, Stage, describe_host, keep_nothing
 from builder.stages.workspace import Workspace
+
+TELLING_BYTES = 1_000_000_000  # of a base: the build of a smaller one is its start, and tells no rate
 
 
 def read(workspace: Workspace) -> Any:
@@ -146,6 +150,7 @@ def bind_serving(manifest: Manifest) -> None:
 
     if manifest.release.serve:
         describe_serving(manifest, manifest.release.serve, None)
+        find_hardware(manifest.release.serve, manifest.where)
 
 
 def bind_executor(workspace: Workspace) -> None:
@@ -187,6 +192,17 @@ def warn_of_compromises(manifest: Manifest) -> tuple[str, ...]:
     return tuple(f"warning (compatibility): {sentence}" for sentence in list_compromises(manifest.release))
 
 
+def warn_of_engine(manifest: Manifest) -> tuple[str, ...]:
+    """That options and variables of the profile could not be checked."""
+    from builder.options import find_options, list_versions
+
+    serve = manifest.release.serve
+    if serve is None or find_options(serve.version):
+        return ()
+    known = ", ".join(list_versions())
+    return (f"warning (serve): no list of vLLM {serve.version} is here ({known}): its options are not checked",)
+
+
 def warn_of_names(workspace: Workspace) -> tuple[str, ...]:
     """What the licences say of the release's name, unless the publisher has acknowledged it."""
     from builder.licenses import LICENSES, name_warnings
@@ -208,33 +224,84 @@ def run(workspace: Workspace, *, with_data: bool = True) -> Outcome:
     if with_data:
         check_inputs(workspace, plan)
     needed, free = measure_disk(workspace, plan)
-    if needed > free:
-        raise BuildError(
-            f"the build needs {needed / 1e9:.3g} GB of disk, and {free / 1e9:.3g} GB are free",
-            str(workspace.folder.absolute()),
-            "free some space there",
-        )
+    size = size_release(workspace, plan)
     circumstances = {
+        **size,
         "shards": plan.describe_shards(),
         "calibrate_memory": plan.calibrate_memory,
         "quantize_memory": plan.quantize_memory,
         "disk_needed": needed,
         "disk_free": free,
     }
-    warnings = (*warn_of_names(workspace), *warn_of_compromises(workspace.manifest))
+    warnings = (
+        *([f"warning (disk): {tell_shortage(needed, free)}"] if needed > free else []),
+        *warn_of_names(workspace),
+        *warn_of_engine(workspace.manifest),
+        *warn_of_serving(size["serving"]),
+        *warn_of_compromises(workspace.manifest),
+    )
     return Outcome(plan.facts(), circumstances, warnings)
+
+
+def size_release(workspace: Workspace, plan: Plan) -> dict[str, Any]:
+    """What building and serving take. Raises ManifestError for a serve profile that cannot fit."""
+    release = workspace.manifest.release
+    serve, calibration = release.serve, release.calibration
+    rows = (calibration.samples, calibration.tokens[1]) if calibration else (0, 0)
+    joined = sum(file.num_bytes for file in list_joined(plan))
+    return {
+        "work": size_build(
+            plan, joined_bytes=joined, rows=rows, held_out=release.perplexity is not None, rates=find_rates(workspace)
+        ),
+        "serving": size_serving(plan, serve, workspace.manifest.where) if serve else None,
+    }
+
+
+def find_rates(workspace: Workspace) -> Rates:
+    """How fast this machine built the largest release beside this one; a reference machine's rates if none tells."""
+    found: list[tuple[int, Rates]] = []
+    for path in sorted(workspace.folder.parent.glob("*/receipts/quantize.json")):
+        plan, calibrate, quantize = (
+            read_receipt(path.with_name(f"{stage}.json")) for stage in ("plan", "calibrate", "quantize")
+        )
+        if not (plan and calibrate and quantize) or quantize["circumstances"].get("machine") != describe_host():
+            continue
+        base, seconds = plan["facts"]["base_num_bytes"], quantize["circumstances"]["seconds"]
+        if base < TELLING_BYTES or quantize["circumstances"].get("resumed"):
+            continue
+        rows, rate = calibrate["facts"]["rows"], None
+        if rows and not calibrate["circumstances"].get("resumed"):
+            rate = plan["facts"]["num_parameters"] * rows["num_tokens"] / calibrate["circumstances"]["seconds"]
+        source = f"this machine, where {path.parent.parent.name} was built"
+        found.append((base, Rates(quantize=base / seconds, calibrate=rate, source=source)))
+    return max(found, key=lambda pair: pair[0])[1] if found else REFERENCE
+
+
+def list_joined(plan: Plan) -> list[PlannedFile]:
+    """The files that several workers share, or that no worker can write in one pass: they go through parts."""
+    owned = [set(shard.units) for shard in plan.shards]
+    return [file for file in plan.files if not (file.in_place and any(own.issuperset(file.units) for own in owned))]
+
+
+def require_disk(workspace: Workspace, plan: Plan) -> None:
+    """Refuse to begin long work whose result the disk has no room for; a plan alone only tells it."""
+    needed, free = measure_disk(workspace, plan)
+    if needed > free:
+        raise BuildError(tell_shortage(needed, free), str(workspace.folder.absolute()), "free some space there")
+
+
+def tell_shortage(needed: int, free: int) -> str:
+    return f"the build needs {needed / 1e9:.3g} GB of disk, and {free / 1e9:.3g} GB are free"
 
 
 def measure_disk(workspace: Workspace, plan: Plan) -> tuple[int, int]:
     """Bytes that the build has still to write, and bytes that are free where it writes."""
     workspace.folder.mkdir(parents=True, exist_ok=True)
-    owned = {shard.index: set(shard.units) for shard in plan.shards}
-    twice = [f for f in plan.files if not (f.in_place and any(units.issuperset(f.units) for units in owned.values()))]
     written = [*workspace.parts.glob("**/*.safetensors*"), *workspace.artifact.glob("*.safetensors")]
     present = sum(
         {status.st_ino: status.st_size for path in written if path.is_file() and (status := path.stat())}.values()
     )
-    needed = plan.num_bytes + sum(file.num_bytes for file in twice) - present
+    needed = plan.num_bytes + sum(file.num_bytes for file in list_joined(plan)) - present
     return max(0, needed), shutil.disk_usage(workspace.folder).free
 
 

@@ -9,7 +9,7 @@ from builder.digests import identify_file
 from builder.errors import BuildError
 from builder.files import digest, read_json, write_json
 from builder.stages.jobs import common_job, describe_jobs, run_jobs
-from builder.stages.plan import make_plan
+from builder.stages.plan import make_plan, require_disk
 from builder.stages.stage import BUILDER, Outcome, Stage
 from builder.stages.workspace import Workspace
 
@@ -36,6 +36,7 @@ def run(workspace: Workspace) -> Outcome:
     plan, key = make_plan(workspace, workspace.base_folder()), key_of_parts(workspace)
     drop_stale_parts(workspace, key)
     take_back(workspace, key)
+    require_disk(workspace, plan)
     shared = common_job(workspace, workspace.base_folder()) | {"folder": str(workspace.parts), "key": key}
     amax, jobs = workspace.facts("calibrate")["amax"], []
     for shard in plan.shards:
