@@ -140,7 +140,7 @@ def make_environment(**more: str) -> dict[str, str]:
 
 
 def tether(engine: Engine, *words: str) -> list[str]:
-    """A command in the engine's environment that ends when this process does."""
+    """A command in the engine's environment that ends, with all it started, when this process does."""
     return [str(engine.python), str(INSIDE / "tethered.py"), str(engine.python), *words]
 
 
@@ -179,7 +179,7 @@ def read_artifacts(
         raise BuildError(
             f"vLLM ended with exit code {done.returncode} while it had {folders[len(results)].name}: {last_line(log)}",
             str(log),
-            "see what it says there; exit code -9 means that memory ran out",
+            "see what it says there; exit code 137 means that memory ran out",
         )
     return [conclude(result) for result in results]
 

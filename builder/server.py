@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +18,6 @@ from builder.engine import MAIN, Engine, last_line, make_environment, tether
 from builder.errors import VerifyError
 
 POLL_S: Final = 0.5
-STOP_S: Final = 30  # a server that has not ended by then is killed
 ANSWER_S: Final = 600
 
 
@@ -56,20 +52,20 @@ def run_server(
     """
     address, started = f"http://127.0.0.1:{port}", time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="serving-") as scratch, log.open("wb") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             tether(engine, *MAIN, *words),
-            env=make_environment(TMPDIR=scratch, **variables),
+            env=make_environment(**variables),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,
         )
         try:
             wait_for_health(process, address, started + timeout_s, timeout_s, log)
             yield Server(address=address, served_name=served_name, seconds=time.monotonic() - started, log=log)
         finally:
-            stop(process)
+            process.terminate()  # whoever holds the tether ends all the rest
+            process.wait()
 
 
 def wait_for_health(process: subprocess.Popen[bytes], address: str, end: float, timeout_s: float, log: Path) -> None:
@@ -84,31 +80,6 @@ def wait_for_health(process: subprocess.Popen[bytes], address: str, end: float, 
             what = f"the server was not ready within {timeout_s:.0f} s"
             raise VerifyError(what, str(log), "see what it says there; a slow disk needs longer")
         time.sleep(POLL_S)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server and its session; what does not end by itself is killed."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    end = time.monotonic() + STOP_S
-    while (left := list_session(process.pid)) and time.monotonic() < end:
-        process.poll()  # or it would stay as a zombie
-        time.sleep(0.1)
-    for pid in left:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def list_session(session: int) -> list[int]:
-    """The processes of a session that have not ended."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has just ended
-            fields = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] not in "ZX":
-                found.append(int(stat.parent.name))
-    return found
 
 
 def find_port() -> int:
