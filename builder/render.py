@@ -96,6 +96,7 @@ def render_card(
     """
     release = manifest.release
     records = {stage: Measured(receipts.get(stage)) for stage in STAGES}
+    health = list(records["calibrate"].circumstances.health)
     context: dict[str, Any] = {
         **records,
         "name": manifest.name,
@@ -110,7 +111,10 @@ def render_card(
         "compromises": list_compromises(release),
         "stages": list(records.items()),
         "total": add_up(records),
-        "health": list(records["calibrate"].circumstances.health),
+        "health": [row for row in health if row.weights or not row["keys"]],
+        "cache_health": [row for row in health if row["keys"]],
+        "cache": find_cache_scales(records["calibrate"]),
+        "other_cache": find_other_cache(release.serve),
         "checks": describe_checks(records["verify"]),
         "checks_run": count_run(records["verify"]),
         "errors": find_severity(records["verify"], "error"),
@@ -179,6 +183,13 @@ def add_up(records: Mapping[str, Measured]) -> Measured:
             "peak_bytes": None if None in peaks else max(peaks),
         }
     )
+
+
+def find_cache_scales(calibrate: Measured) -> Measured:
+    """{"keys" | "values": {least, largest}} of the scales of the KV cache; absent where they were not measured."""
+    measured = [kinds for kinds in (calibrate.facts.amax.value or {}).values() if "key" in kinds]
+    scales = {kind: [float.fromhex(kinds[kind]) / 448 for kinds in measured] for kind in ("key", "value")}
+    return Measured({f"{kind}s": {"least": min(own), "largest": max(own)} for kind, own in scales.items() if own})
 
 
 def describe_checks(verify: Measured) -> list[tuple[str, str, Measured]]:
@@ -287,6 +298,12 @@ def list_compromises(release: Release) -> list[str]:
         ),
     )
     return [sentence for holds, sentence in sentences if holds]
+
+
+def find_other_cache(serve: Serve | None) -> str | None:
+    """The type of KV cache that a serve profile asks for, if it is one that takes no scales."""
+    wanted = str(serve.args.get("kv-cache-dtype", "auto")) if serve else "auto"
+    return None if wanted in ("auto", "fp8", "fp8_e4m3") else wanted
 
 
 def describe_serving(manifest: Manifest, serve: Serve, num_bytes: int | None) -> dict[str, Any]:
@@ -503,6 +520,7 @@ FILTERS: Final[Mapping[str, Callable[..., Escaped]]] = {
     "layers": show(spell_layers),
     "ordinal": show(spell_ordinal),
     "number": show(lambda number: f"{number:.6g}"),
+    "rough": show(lambda number: f"{number:.3g}"),
     "fixed": show(lambda number, digits: f"{number:.{digits}f}"),
     "percent": show(lambda number: f"{number:.1f} %"),
     "amount": show(lambda number: spell_with_prefix(number, ("", "k", "M", "B", "T"))),
