@@ -230,14 +230,14 @@ def trace_model(
     model: PreTrainedModel, layers: Sequence[str]
 ) -> tuple[tuple[tuple[str, ...], ...], dict[str, str | None]]:
     """Run one forward pass on the meta device. Returns the linears that read the same input tensor, in order, and for
-    each layer the attention whose keys and values go into the KV cache, once and as heads of one size.
+    each layer the attention whose keys and values go into the KV cache, if that happens once.
 
     The mask is given in four dimensions because transformers then takes it as it is; making one would look at values.
     """
     import torch
 
     readers: dict[int, tuple[torch.Tensor, list[str]]] = {}
-    cached: dict[str, list[bool]] = {}
+    cached: list[str] = []
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -249,7 +249,7 @@ def trace_model(
         elif is_attention(name, module):
 
             def note_cache(keys: torch.Tensor, values: torch.Tensor, name: str = name) -> None:
-                cached.setdefault(name, []).append(keys.ndim == 4 and keys.shape == values.shape)
+                cached.append(name)
 
             hooks.append(watch_cache(module, note_cache))
     try:
@@ -262,7 +262,7 @@ def trace_model(
     attentions: dict[str, str | None] = {}
     for layer in layers:
         own = [name for name in cached if name.startswith(layer + ".")]
-        attentions[layer] = own[0] if len(own) == 1 and cached[own[0]] == [True] else None
+        attentions[layer] = own[0] if len(own) == 1 else None
     return tuple(tuple(names) for _, names in readers.values()), attentions
 
 

@@ -71,7 +71,7 @@ class ArtifactStream(LayerStream):
             return super().load(name)
         tensor = super().load(stored)
         if suffix in ("k_scale", "v_scale"):
-            return tensor.reshape(1)
+            return tensor.reshape(1).to(self.model.dtype)  # as the other layout stores it: values take a scale's dtype
         return tensor if suffix == "weight_packed" else (1 / tensor).reshape(1)
 
 

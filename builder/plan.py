@@ -305,11 +305,11 @@ def check_parts(manifest: Manifest, scheme: Mixed, architecture: Architecture, i
 
 
 def check_attentions(manifest: Manifest, architecture: Architecture) -> None:
-    """Refuse layers without keys and values to observe as they go into a cache: those with latents, or without any."""
+    """Refuse layers whose keys and values cannot be observed as they go into a cache: latents do, or nothing."""
     for layer in architecture.layers:
         if layer.attention is None:
             raise ManifestError(
-                f"{layer.name} of {architecture.name} has no keys and values of one size that go into a KV cache",
+                f"{layer.name} of {architecture.name} puts no keys and values into a KV cache as they are",
                 manifest.where("kv_cache"),
                 "remove kv_cache",
             )

@@ -571,7 +571,7 @@ def test_layers_whose_cache_holds_latents_are_refused_by_name(refuse: Callable[.
     changes = {"architectures": ["MiniCPM3ForCausalLM"], "model_type": "minicpm3", "num_key_value_heads": 4}
     said, manifest = refuse(describe(**changes, **latent), kv_cache="fp8")
     assert said == (
-        "model.layers.0 of MiniCPM3ForCausalLM has no keys and values of one size that go into a KV cache\n"
+        "model.layers.0 of MiniCPM3ForCausalLM puts no keys and values into a KV cache as they are\n"
         f"  in {manifest.where('kv_cache')}\n"
         "  fix: remove kv_cache"
     )

@@ -289,6 +289,7 @@ def test_damage_to_scales_of_a_kv_cache_is_found(
     told = " ".join(finding.what for finding in report.errors)
     assert ("it is the inverse" in told) == (name == "a scale the wrong way round")
     assert ("injected, not measured" in told) == (name == "scales that are all alike")
+    assert ("is F64 " in told and ", not " in told) == (name == "a scale in another dtype")
 
 
 def test_scales_of_a_kv_cache_that_nobody_planned_are_found(
