@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from builder.files import cache_folder, digest, read_receipt, write_receipt
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -35,6 +37,7 @@ class Layer:
     name: str
     tensors: tuple[Tensor, ...]
     groups: tuple[tuple[str, ...], ...]  # linears that read the same input, in the order they read it
+    attention: str | None  # the module whose keys and values go into the KV cache as they are; None if there is none
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
@@ -175,7 +178,7 @@ def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture
     check_dense([tensor for tensors in inside.values() for tensor in tensors], where)
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     try:
-        groups = trace_groups(model)
+        groups, attentions = trace_model(model, [f"{prefix}.{index}" for index in range(len(modules))])
     except Exception as error:  # as above
         what = f"config.json makes a {type(model).__name__} that does not run: {describe_failure(error)}"
         raise BaseError(what, where, "mend config.json, or use a base model of another family") from error
@@ -184,7 +187,9 @@ def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture
     for index in range(len(modules)):
         name = f"{prefix}.{index}"
         own = tuple(group for group in groups if group[0].startswith(name + "."))
-        layers.append(Layer(index=index, name=name, tensors=tuple(inside[index]), groups=own))
+        layers.append(
+            Layer(index=index, name=name, tensors=tuple(inside[index]), groups=own, attention=attentions[name])
+        )
     return Architecture(
         name=type(model).__name__,
         layers=tuple(layers),
@@ -226,14 +231,18 @@ def check_traced(linears: Sequence[str], groups: Sequence[Sequence[str]], prefix
         raise BaseError("the decoder layers have no linears", where, "use a base model of another family")
 
 
-def trace_groups(model: PreTrainedModel) -> tuple[tuple[str, ...], ...]:
-    """Run one forward pass on the meta device and note which linears read the same input tensor, in order.
+def trace_model(
+    model: PreTrainedModel, layers: Sequence[str]
+) -> tuple[tuple[tuple[str, ...], ...], dict[str, str | None]]:
+    """Run one forward pass on the meta device. Returns the linears that read the same input tensor, in order, and for
+    each layer the attention whose keys and values go into the KV cache, if that happens once.
 
     The mask is given in four dimensions because transformers then takes it as it is; making one would look at values.
     """
     import torch
 
     readers: dict[int, tuple[torch.Tensor, list[str]]] = {}
+    cached: list[str] = []
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -242,6 +251,12 @@ def trace_groups(model: PreTrainedModel) -> tuple[tuple[str, ...], ...]:
                 readers.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)  # held, so that no id recurs
 
             hooks.append(module.register_forward_pre_hook(note))
+        elif is_attention(name, module):
+
+            def note_cache(keys: torch.Tensor, values: torch.Tensor, name: str = name) -> None:
+                cached.append(name)
+
+            hooks.append(watch_cache(module, note_cache))
     try:
         with torch.no_grad():
             tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
@@ -249,7 +264,35 @@ def trace_groups(model: PreTrainedModel) -> tuple[tuple[str, ...], ...]:
     finally:
         for hook in hooks:
             hook.remove()
-    return tuple(tuple(names) for _, names in readers.values())
+    attentions: dict[str, str | None] = {}
+    for layer in layers:
+        own = [name for name in cached if name.startswith(layer + ".")]
+        attentions[layer] = own[0] if len(own) == 1 else None
+    return tuple(tuple(names) for _, names in readers.values()), attentions
+
+
+def is_attention(name: str, module: torch.nn.Module) -> bool:
+    """Whether compressed-tensors and engines look for scales of a KV cache at a module; not where it holds latents."""
+    named = name.endswith(("self_attn", "attention")) and not hasattr(module, "kv_lora_rank")
+    return named and "past_key_values" in signature(module.forward).parameters
+
+
+def watch_cache(attention: torch.nn.Module, note: Callable[[torch.Tensor, torch.Tensor], None]) -> RemovableHandle:
+    """Have an attention tell its keys, rotated, and values [rows, heads, tokens, head size] as they go into the cache.
+
+    It computes as before; nothing is cached.
+    """
+    from transformers import DynamicCache
+
+    class Told(DynamicCache):  # type: ignore[misc]
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            note(key_states, value_states)
+            return key_states, value_states
+
+    def give(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"past_key_values": Told()}
+
+    return attention.register_forward_pre_hook(give, with_kwargs=True)
 
 
 def collect_facts(config: Any) -> dict[str, Any]:

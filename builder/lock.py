@@ -20,7 +20,7 @@ ENDING = ".lock.json"
 LOCAL = {"base": ("path", "config"), "calibration": ("path",)}  # where local files lie; their digests are inputs
 RESTORE = "restore it from version control, or delete it to lock anew"
 RECALIBRATED = 0.05  # the most by which an input's amax may differ elsewhere; 0.016 is the most that was measured
-PAYLOAD_KEYS = ("manifest", "base", "scheme", "calibration", "fixes", "files", "compatibility")
+PAYLOAD_KEYS = ("manifest", "base", "scheme", "kv_cache", "calibration", "fixes", "files", "compatibility")
 PACKAGES = (
     "compressed-tensors",
     "numba",
@@ -94,10 +94,12 @@ class Lock(Section):
 def describe_what(manifest: Manifest) -> dict[str, Any]:
     """The part of a manifest that the payload's bytes are a function of.
 
-    Title, card, serve profile and the like shape what is rendered around the payload, which is outside the lock. Of the
-    compatibility switches those alone are told that are set: a lock outlives the invention of further ones.
+    Title, card, serve profile and the like shape what is rendered around the payload, which is outside the lock.
+    `kv_cache` and the compatibility switches are told only where they are set: a lock outlives the invention of more.
     """
     what = {key: manifest.what()[key] for key in PAYLOAD_KEYS}
+    if manifest.release.kv_cache is None:
+        what.pop("kv_cache")
     what["base"].pop("acknowledge")
     what["compatibility"] = manifest.release.compatibility.model_dump(mode="json", exclude_defaults=True)
     return what
@@ -441,7 +443,7 @@ def without_places(section: str, value: Any) -> Any:
 
 
 def compare_amax(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]) -> float:
-    """The largest relative difference between two amax tables' inputs.
+    """The largest relative difference between what two amax tables have of activations.
 
     Infinite if they measure different things, or if a weight differs, which measures the same anywhere.
     """
@@ -452,6 +454,6 @@ def compare_amax(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping
         for kind, text in kinds.items():
             first, second = float.fromhex(text), float.fromhex(new[linear][kind])
             if first != second:
-                comparable = kind == "input" and first > 0 and second > 0
+                comparable = kind != "weight" and first > 0 and second > 0
                 largest = max(largest, abs(first - second) / first if comparable else float("inf"))
     return largest

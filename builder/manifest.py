@@ -514,6 +514,8 @@ class Release(Section):
     """The checkpoint that is quantized."""
     scheme: Annotated[tuple[Scheme, ...], Field(min_length=1), BeforeValidator(read_schemes), OneOrMany()]
     """How the base is quantized: one scheme, or a list of them."""
+    kv_cache: Literal["fp8"] | None = None
+    """fp8: scales of the KV cache, measured on the calibration rows; for nvfp4, nvfp4a16 and fp8_dynamic."""
     shards: Shards = 1
     """The ranges of decoder layers that workers quantize: how many, or the layers of each."""
     executor: Name = "in_process"
@@ -563,6 +565,7 @@ scheme:
   block_scale_floor: true
   ignore: [lm_head]
   match: mlp
+kv_cache: fp8
 shards: 2
 executor: ray
 device: auto

@@ -1,13 +1,15 @@
 """Held-out perplexity of a base model or an artifact, layer by layer.
 
-An artifact is read through compressed-tensors' own decompression and activation quantization, as transformers would
-run it whole; the `modelopt` layout is renamed in memory first.
+An artifact is read through compressed-tensors' own decompression and activation quantization, that of keys and values
+with it where the KV cache has scales, as transformers would run it whole; the `modelopt` layout is renamed in memory
+first.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ FROM_MODELOPT = {
     "weight_packed": "weight",
     "weight_global_scale": "weight_scale_2",
     "input_global_scale": "input_scale",
+    "k_scale": "k_proj.k_scale",
+    "v_scale": "v_proj.v_scale",
 }
 
 
@@ -53,8 +57,12 @@ class ArtifactStream(LayerStream):
 
     def finish_layer(self, layer: torch.nn.Module) -> None:
         for module in layer.modules():
-            if hasattr(module, "quantization_scheme"):
+            if isinstance(module, torch.nn.Linear) and hasattr(module, "quantization_scheme"):
                 decompress_in_bands(module)
+            elif hasattr(
+                module, "kv_cache"
+            ):  # compressed-tensors' own; the copy's still looks for scales in the original
+                module.kv_cache.attn_module = weakref.ref(module)  # type: ignore[union-attr]
 
     def load(self, name: str) -> torch.Tensor:
         module, _, suffix = name.rpartition(".")
@@ -62,6 +70,8 @@ class ArtifactStream(LayerStream):
         if name in self.checkpoint.tensors or stored not in self.checkpoint.tensors:
             return super().load(name)
         tensor = super().load(stored)
+        if suffix in ("k_scale", "v_scale"):
+            return tensor.reshape(1).to(self.model.dtype)  # as the other layout stores it: values take a scale's dtype
         return tensor if suffix == "weight_packed" else (1 / tensor).reshape(1)
 
 

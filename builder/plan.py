@@ -15,6 +15,7 @@ from builder.errors import BuildError, ManifestError, raise_all
 from builder.families import Architecture, Layer
 from builder.manifest import Manifest
 from builder.schemes import Mixed, Scheme, divide_linears, matches
+from builder.schemes.cache import plan_scales
 
 HEADER_ALIGNMENT = 8
 LIBRARY_DTYPES = tuple(DTYPE_BYTES)  # in the order of the library's own list
@@ -35,6 +36,7 @@ class Unit:
     groups: tuple[tuple[str, ...], ...]
     kept: tuple[str, ...]
     tensors: tuple[Tensor, ...]  # all it yields, in writing order
+    attention: str | None = None  # whose keys and values get scales
 
     @property
     def num_bytes(self) -> int:
@@ -92,6 +94,7 @@ class Plan:
     scheme: str
     layout: str
     measures_inputs: bool
+    measures_cache: bool
     ignore: tuple[str, ...]  # every linear that stays as it was
     units: tuple[Unit, ...]
     files: tuple[PlannedFile, ...]
@@ -116,6 +119,11 @@ class Plan:
     @property
     def quantized(self) -> tuple[str, ...]:
         return tuple(linear for unit in self.units for group in unit.groups for linear in group)
+
+    @property
+    def measures(self) -> bool:
+        """Whether rows have to be run."""
+        return self.measures_inputs or self.measures_cache
 
     @property
     def bits_per_parameter(self) -> float:
@@ -174,7 +182,9 @@ def plan_release(
     ignore = resolve_ignore(manifest, architecture)
     if isinstance(scheme, Mixed):
         check_parts(manifest, scheme, architecture, ignore)
-    units = plan_units(architecture, scheme, ignore)
+    if manifest.release.kv_cache:
+        check_attentions(manifest, architecture)
+    units = plan_units(architecture, scheme, ignore, caches=manifest.release.kv_cache is not None)
     shards = plan_shards(manifest, architecture, units)
     files = plan_files(
         units,
@@ -182,13 +192,14 @@ def plan_release(
         manifest.release.files.packing,
         header_metadata=manifest.release.compatibility.header_metadata,
     )
-    rows, longest = plan_rows(manifest) if scheme.measures_inputs else (0, 0)
+    rows, longest = plan_rows(manifest) if scheme.measures_inputs or manifest.release.kv_cache else (0, 0)
     calibrate_memory, quantize_memory = estimate_memory(architecture, units, math.ceil(rows / len(shards)), longest)
     return Plan(
         architecture=architecture,
         scheme=scheme.name,
         layout=scheme.layout,
         measures_inputs=scheme.measures_inputs,
+        measures_cache=manifest.release.kv_cache is not None,
         ignore=tuple(sorted(ignore | set(architecture.other_linears))),
         units=units,
         files=files,
@@ -294,15 +305,28 @@ def check_parts(manifest: Manifest, scheme: Mixed, architecture: Architecture, i
     raise_all(problems)
 
 
+def check_attentions(manifest: Manifest, architecture: Architecture) -> None:
+    """Refuse layers whose keys and values cannot be observed as they go into a cache: latents do, or nothing."""
+    for layer in architecture.layers:
+        if layer.attention is None:
+            raise ManifestError(
+                f"{layer.name} of {architecture.name} puts no keys and values into a KV cache as they are",
+                manifest.where("kv_cache"),
+                "remove kv_cache",
+            )
+
+
 def match_names(pattern: str, names: Iterable[str]) -> set[str]:
     """The names a pattern of compressed-tensors means: equal, or matched by what follows `re:`."""
     return {name for name in names if matches(pattern, name)}
 
 
-def plan_units(architecture: Architecture, scheme: Scheme, ignore: set[str]) -> tuple[Unit, ...]:
+def plan_units(
+    architecture: Architecture, scheme: Scheme, ignore: set[str], *, caches: bool = False
+) -> tuple[Unit, ...]:
     """The edges and layers, in order, with what each yields."""
     units = [plan_edge("first-edge", architecture.first_edge)]
-    units += [plan_layer(layer, scheme, ignore) for layer in architecture.layers]
+    units += [plan_layer(layer, scheme, ignore, caches=caches) for layer in architecture.layers]
     units.append(plan_edge("last-edge", architecture.last_edge))
     return tuple(unit for unit in units if unit.tensors)
 
@@ -312,8 +336,11 @@ def plan_edge(name: str, tensors: tuple[Tensor, ...]) -> Unit:
     return Unit(name=name, layer=None, groups=(), kept=tuple(tensor.name for tensor in tensors), tensors=tensors)
 
 
-def plan_layer(layer: Layer, scheme: Scheme, ignore: set[str]) -> Unit:
-    """A layer's linears are replaced by what the scheme makes of them, in their own places."""
+def plan_layer(layer: Layer, scheme: Scheme, ignore: set[str], *, caches: bool) -> Unit:
+    """A layer's linears are replaced by what the scheme makes of them, in their own places.
+
+    caches: whether the layer gets scales of its KV cache, which come last.
+    """
     groups = tuple(group for group in layer.groups if group[0] not in ignore)
     quantized = {f"{linear}.weight": linear for group in groups for linear in group}
     tensors: list[Tensor] = []
@@ -324,8 +351,16 @@ def plan_layer(layer: Layer, scheme: Scheme, ignore: set[str]) -> Unit:
         else:
             tensors.append(tensor)
             kept.append(tensor.name)
+    attention = layer.attention if caches else None
+    if attention:
+        tensors += plan_scales(attention, scheme.layout)
     return Unit(
-        name=f"layer-{layer.index:05d}", layer=layer.index, groups=groups, kept=tuple(kept), tensors=tuple(tensors)
+        name=f"layer-{layer.index:05d}",
+        layer=layer.index,
+        groups=groups,
+        kept=tuple(kept),
+        tensors=tuple(tensors),
+        attention=attention,
     )
 
 
@@ -450,6 +485,12 @@ def is_aligned(tensors: Sequence[Tensor]) -> bool:
 def plan_rows(manifest: Manifest) -> tuple[int, int]:
     """The number of calibration rows and the most tokens one may have."""
     calibration = manifest.release.calibration
+    if calibration is None and manifest.release.kv_cache:
+        raise ManifestError(
+            f"no calibration data, but kv_cache: {manifest.release.kv_cache} needs some",
+            manifest.where("kv_cache"),
+            "add `calibration:` with a dataset or a path, or remove kv_cache",
+        )
     if calibration is None:
         raise ManifestError(
             "no calibration data, but calibrated input scales need some",

@@ -107,6 +107,7 @@ def render_card(
     release = manifest.release
     accuracy, speed = load_evaluations(manifest), load_benchmarks(manifest)
     records = {stage: Measured(receipts.get(stage)) for stage in STAGES}
+    health = list(records["calibrate"].circumstances.health)
     context: dict[str, Any] = {
         **records,
         "name": manifest.name,
@@ -121,7 +122,10 @@ def render_card(
         "compromises": list_compromises(release),
         "stages": list(records.items()),
         "total": add_up(records),
-        "health": list(records["calibrate"].circumstances.health),
+        "health": [row for row in health if row.weights or not row["keys"]],
+        "cache_health": [row for row in health if row["keys"]],
+        "cache": find_cache_scales(records["calibrate"]),
+        "other_cache": find_other_cache(release.serve),
         "checks": describe_checks(records["verify"]),
         "checks_run": count_run(records["verify"]),
         "errors": find_severity(records["verify"], "error"),
@@ -196,6 +200,13 @@ def add_up(records: Mapping[str, Measured]) -> Measured:
             "peak_bytes": None if None in peaks else max(peaks),
         }
     )
+
+
+def find_cache_scales(calibrate: Measured) -> Measured:
+    """{"keys" | "values": {least, largest}} of the scales of the KV cache; absent where they were not measured."""
+    measured = [kinds for kinds in (calibrate.facts.amax.value or {}).values() if "key" in kinds]
+    scales = {kind: [float.fromhex(kinds[kind]) / 448 for kinds in measured] for kind in ("key", "value")}
+    return Measured({f"{kind}s": {"least": min(own), "largest": max(own)} for kind, own in scales.items() if own})
 
 
 def describe_checks(verify: Measured) -> list[tuple[str, str, Measured]]:
@@ -319,6 +330,12 @@ def list_compromises(release: Release) -> list[str]:
     return [sentence for holds, sentence in sentences if holds]
 
 
+def find_other_cache(serve: Serve | None) -> str | None:
+    """The type of KV cache that a serve profile asks for, if it is one that takes no scales."""
+    wanted = str(serve.args.get("kv-cache-dtype", "auto")) if serve else "auto"
+    return None if wanted in ("auto", "fp8", "fp8_e4m3") else wanted
+
+
 def describe_results(release: Release, accuracy: Accuracy, speed: Benchmarks) -> dict[str, Any]:
     """Where the tables' figures come from: a line for each file of results, and what was run for them."""
     sides = (("Base model", accuracy.base), ("This model", accuracy.quantized))
@@ -350,7 +367,7 @@ LLM_COMPRESSOR: Final = {"fp8_dynamic": "FP8_DYNAMIC", "w8a8": "W8A8", "w4a16": 
 def describe_snippets(release: Release) -> dict[str, Any]:
     """Python for whoever tries the release without a server, or makes its weights with the library they equal."""
     scheme, base = release.scheme[0], name_base(release)
-    alone = len(release.scheme) == 1
+    alone = len(release.scheme) == 1 and release.kv_cache is None
     arguments = {}
     for name, kind in ENGINE_ARGUMENTS.items():
         value = (release.serve.args if release.serve else {}).get(name)
@@ -608,6 +625,7 @@ FILTERS: Final[Mapping[str, Callable[..., Escaped]]] = {
     "layers": show(spell_layers),
     "ordinal": show(spell_ordinal),
     "number": show(lambda number: f"{number:.6g}"),
+    "rough": show(lambda number: f"{number:.3g}"),
     "fixed": show(lambda number, digits: f"{number:.{digits}f}"),
     "percent": show(lambda number: f"{number:.1f} %"),
     "amount": show(lambda number: spell_with_prefix(number, ("", "k", "M", "B", "T"))),

@@ -148,7 +148,10 @@ def size_serving(plan: Plan, serve: Serve, where: Callable[..., str]) -> dict[st
     facts, num_layers = plan.architecture.facts, len(plan.architecture.layers)
     budget = int(share * hardware.memory_bytes) * num_devices
     pool = budget - plan.num_bytes
-    kv_bytes = kv_bytes_per_token(facts, num_layers, args.get("kv-cache-dtype", "auto"))
+    kv_dtype = args.get("kv-cache-dtype", "auto")
+    if kv_dtype == "auto" and plan.measures_cache:  # vLLM takes a cache with scales for one of 8 bits
+        kv_dtype = "fp8"
+    kv_bytes = kv_bytes_per_token(facts, num_layers, kv_dtype)
     if kv_bytes:  # what there are fewer heads of than devices, several devices hold
         kv_bytes = kv_bytes * max(facts["num_key_value_heads"], tensor_parallel) // facts["num_key_value_heads"]
     context = read_amount(args.get("max-model-len", "auto")) or facts.get("max_position_embeddings")

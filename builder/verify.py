@@ -45,6 +45,7 @@ from builder.readback import (
     read_base,
     read_floats,
     read_header,
+    round_to_bf16,
 )
 
 CHECKS = {
@@ -63,6 +64,7 @@ CHECKS = {
     "dequantized": "rows read back from codes and scales are close to the base's",
     "fused": "linears that inference engines fuse share their global scales",
     "input scales": "all 1 if planned so; else plausible as maxima of activations, neither inverted nor injected",
+    "kv cache": "each layer's two scales are its measured amax / 448, to the last bit, and config.json speaks of them",
     "config": "config.json says what the base's says, apart from quantization_config",
     "quantization config": "it describes this layout and leaves out exactly the linears that were not quantized",
     "copied files": "tokenizer, chat template, generation config: the base's, byte for byte, none forgotten",
@@ -75,9 +77,11 @@ ONLY_OF_NVFP4 = frozenset({"block scales", "global scales", "fused"})
 Severity = Literal["error", "warning"]
 
 
-def list_checks(*schemes: str) -> tuple[str, ...]:
-    """The names of the checks that any of the schemes has."""
-    foreign = set() if "nvfp4" in schemes else {"input scales"}
+def list_checks(*schemes: str, kv_cache: bool = False) -> tuple[str, ...]:
+    """The names of the checks that any of the schemes has; kv_cache: and that scales of the KV cache have."""
+    foreign = set() if kv_cache else {"kv cache"}
+    if "nvfp4" not in schemes:
+        foreign.add("input scales")
     if not set(NVFP4) & set(schemes):
         foreign |= ONLY_OF_NVFP4
     if not ROUNDINGS.keys() & set(schemes):
@@ -122,6 +126,7 @@ def verify_artifact(
     file}}; `quantized` module names; `fused` lists of module names that share a global scale; `unused` (may be absent)
     tensors of the base that the model has no place for. May be absent as well: `payload` {name: sha256} of every file;
     `beside` names of files that may lie around it; `input_amax` {linear: hex float} as calibration measured it;
+    `cache_amax` {attention: {"key": hex float, "value": hex float}} likewise, if the KV cache is meant to have scales;
     `from_template`, whether the configs are meant to be those of an export template, and `copied_files`, the names of
     the base's files that are meant to be here if not all are: what is worse for that is a warning; and where there are
     several schemes, `parts`: a list of {scheme, input_scale, block_scale_floor, modules} instead.
@@ -147,6 +152,7 @@ def verify_artifact(
             check_weights(reading, group)
         check_fused(reading)
         check_input_scales(reading)
+        check_cache_scales(reading)
         check_config(reading)
         check_quantization_config(reading)
         check_copied_files(reading)
@@ -155,7 +161,10 @@ def verify_artifact(
         check_reference(reading, reference.result())
     names = tuple(module for group in sampled for module in group)
     return Report(
-        tuple(reading.findings), {name: reading.counts[name] for name in list_checks(*schemes)}, loaded, names
+        tuple(reading.findings),
+        {name: reading.counts[name] for name in list_checks(*schemes, kv_cache=bool(reading.cache_amax))},
+        loaded,
+        names,
     )
 
 
@@ -210,6 +219,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         self.layout: str = self.expected["layout"]
+        self.cache_amax: Mapping[str, Mapping[str, str]] = self.expected.get("cache_amax", {})
         self.from_template = bool(self.expected.get("from_template"))
         self.source = read_base(self.base)
         self.quantized: list[str] = list(self.expected["quantized"])
@@ -370,7 +380,7 @@ def describe(tensor: tuple[str, Sequence[int], str]) -> str:
 
 def check_layout(reading: Reading) -> None:
     """Also fills `reading.sound`, and counts the bits."""
-    known = set(reading.source)
+    known = {*reading.source, *(name for name, _, _ in list_cache_scales(reading))}
     for module in reading.quantized:
         scheme = reading.scheme(module)
         promised, counted = promised_bits(scheme)
@@ -648,6 +658,44 @@ def check_measured(reading: Reading, scales: Mapping[str, np.float32]) -> None:
                 reading.add("input scales", where, f"{scales[module]!s}, but {wanted!s} was measured")
 
 
+CACHE_SCALES = {
+    "compressed-tensors": {"key": "k_scale", "value": "v_scale"},
+    "modelopt": {"key": "k_proj.k_scale", "value": "v_proj.v_scale"},
+}
+CACHE_CONTRACT: dict[str, tuple[str, tuple[int, ...]]] = {"compressed-tensors": ("BF16", (1,)), "modelopt": ("F32", ())}
+
+
+def list_cache_scales(reading: Reading) -> Iterator[tuple[str, str, str]]:
+    """Name of each scale of the KV cache that there has to be, its attention, and of what it is."""
+    for attention in reading.cache_amax:
+        for kind, suffix in CACHE_SCALES[reading.layout].items():
+            yield f"{attention}.{suffix}", attention, kind
+
+
+def check_cache_scales(reading: Reading) -> None:
+    """Each is a multiplier, as engines read it: the amax that calibration recorded / 448."""
+    recalibrate = "calibrate again, and write the scales as multipliers"
+    dtype, shape = CACHE_CONTRACT[reading.layout]
+    found: dict[str, float] = {}
+    for name, attention, kind in list_cache_scales(reading):
+        reading.counts["kv cache"] += 1
+        entry = reading.entries.get(name)
+        if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
+            what = "missing" if entry is None else f"{entry.dtype} {list(entry.shape)}, not {dtype} {list(shape)}"
+            reading.add("kv cache", name, f"the scale of {kind}s is {what}")
+            continue
+        scale = found[name] = float(read_floats(entry.read(0, entry.num_bytes), dtype)[0])
+        wanted = np.float32(float.fromhex(reading.cache_amax[attention][kind])) / np.float32(448)
+        if dtype == "BF16":
+            wanted = np.float32(round_to_bf16(np.array([wanted], np.float32))[0])
+        if scale != float(wanted):
+            inverted = ": it is the inverse" if np.isclose(scale * float(wanted), 1, rtol=1e-2) else ""
+            reading.add("kv cache", name, f"{scale:g}, but {float(wanted):g} was measured{inverted}", recalibrate)
+    if len(found) >= NUM_MANY and len(set(found.values())) == 1:
+        what = f"all {len(found)} scales are {next(iter(found.values())):g}: injected, not measured"
+        reading.add("kv cache", "*", what, recalibrate)
+
+
 # ------------------------------------------------------------------------------------------------ configs, copied files
 
 FLOAT4_BLOCKS = {"num_bits": 4, "type": "float", "group_size": 16}
@@ -684,7 +732,11 @@ FORMATS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
         None,
     ),
 }
-MODELOPT_FILE = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}}
+CACHE_CONFIG = {
+    "compressed-tensors": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False},
+    "modelopt": {"num_bits": 8, "type": "float", "dynamic": False},
+}
+MODELOPT_FILE = {"quantization": {"quant_algo": "NVFP4", "group_size": 16}}
 
 COPIED = (
     *("tokenizer*", "*.tiktoken", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -727,7 +779,8 @@ def check_quantization_config(reading: Reading) -> None:
         return
     groups = ours.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
-    wrong = [*differences(QUANTIZATION_CONFIG[reading.layout], ours)]
+    cache = {"kv_cache_scheme": CACHE_CONFIG[reading.layout]} if reading.cache_amax else {}
+    wrong = [*differences(QUANTIZATION_CONFIG[reading.layout] | cache, ours)]
     if len(groups) != len(reading.parts):
         wrong.append(f"there are {len(groups)} config_groups, not {len(reading.parts)}")
     formats = set()
@@ -745,6 +798,8 @@ def check_quantization_config(reading: Reading) -> None:
     if reading.layout == "modelopt":
         beside = read_json(reading.artifact / "hf_quant_config.json")
         wrong += differences(MODELOPT_FILE, beside, "hf_quant_config.json")
+        told = {"quantization": {"kv_cache_quant_algo": "FP8" if reading.cache_amax else None}}
+        wrong += differences(told, beside, "hf_quant_config.json")
         quantization = beside.get("quantization") if isinstance(beside, dict) else None
         excluded = quantization.get("exclude_modules") if isinstance(quantization, dict) else None
         severity: Severity = "warning" if reading.from_template else "error"
@@ -882,6 +937,7 @@ def check_loading(reading: Reading) -> None:
         "artifact": str(reading.artifact),
         "layout": reading.layout,
         "quantized": reading.quantized,
+        "cached": bool(reading.cache_amax),
         "ignore": reading.unquantized_linears(),
     }
     told = answer("builder.verify", job)
@@ -933,6 +989,7 @@ def answer(program: str, job: Mapping[str, Any]) -> dict[str, Any]:
 def load_whole(job: Mapping[str, Any]) -> dict[str, Any]:
     """Load an artifact with transformers and compressed-tensors; which keys do not fit, what a short forward shows.
 
+    Where the KV cache has scales, keys and values are rounded with them.
     The modelopt layout, which transformers refuses, is renamed in memory first.
     """
     import torch
@@ -944,7 +1001,7 @@ def load_whole(job: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if job["layout"] == "modelopt":
             config = transformers.AutoConfig.from_pretrained(artifact)
-            config.quantization_config = as_compressed_tensors(job["ignore"])
+            config.quantization_config = as_compressed_tensors(job["ignore"], cached=job["cached"])
             renamed = read_renamed(Path(artifact))
             model_class = getattr(transformers, config.architectures[0])
             model, info = model_class.from_pretrained(
@@ -991,6 +1048,8 @@ def read_renamed(artifact: Path) -> dict[str, Any]:
             renamed[f"{module}.weight_global_scale"] = (1 / tensor).reshape(1)
         elif suffix == "input_scale":
             renamed[f"{module}.input_global_scale"] = (1 / tensor).reshape(1)
+        elif name.endswith(tuple(CACHE_SCALES["modelopt"].values())):
+            renamed[f"{module.rpartition('.')[0]}.{suffix}"] = tensor.reshape(1)
         elif suffix == "weight" and f"{module}.weight_scale" in loaded:
             renamed[f"{module}.weight_packed"] = tensor
         else:
@@ -998,7 +1057,7 @@ def read_renamed(artifact: Path) -> dict[str, Any]:
     return renamed
 
 
-def as_compressed_tensors(ignore: Iterable[str]) -> dict[str, Any]:
+def as_compressed_tensors(ignore: Iterable[str], *, cached: bool) -> dict[str, Any]:
     form, weights, inputs = FORMATS["nvfp4"]
     group = {"format": form, "targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
@@ -1006,6 +1065,7 @@ def as_compressed_tensors(ignore: Iterable[str]) -> dict[str, Any]:
         "format": form,
         "config_groups": {"group_0": group},
         "ignore": list(ignore),
+        "kv_cache_scheme": CACHE_CONFIG["compressed-tensors"] if cached else None,
     }
 
 

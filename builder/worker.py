@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from builder.parts import Parts, view_bytes
 from builder.plan import PlannedFile, Unit
 from builder.progress import Progress
 from builder.schemes import Amax, Scheme, bind_specs
+from builder.schemes.cache import make_scales, name_scales, observe_cache
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +73,8 @@ def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
     """Carry a block of calibration rows through all layers and note the largest magnitudes.
 
     job: block of num_blocks; base, base_files {name: bytes}; scheme; device; rows [[token ids]]; linears [[names] of
-    each layer]; folder; key; save_every_s.
-    Returns {block, key, amax {linear: {kind: hex float}}, machine, num_rows, seconds, peak_bytes}.
+    each layer]; attentions [name or None of each layer]; folder; key; save_every_s.
+    Returns {block, key, amax {module: {kind: hex float}}, machine, num_rows, seconds, peak_bytes}.
     """
     folder, key, block = Path(job["folder"]), job["key"], job["block"]
     receipt = folder / f"block-{block:05d}.json"
@@ -90,7 +91,7 @@ def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
     first, amax = saved.restore(rows)
     progress = Progress(folder, f"calibrate, block {block + 1} of {job['num_blocks']}", len(stream.layers))
     for index in range(first, len(stream.layers)):
-        amax |= measure_layer(stream, scheme, index, rows, job["linears"][index])
+        amax |= measure_layer(stream, scheme, index, rows, job["linears"][index], job["attentions"][index])
         progress.step(index + 1, first)
         saved.keep(rows, index + 1, amax)
     record = {
@@ -107,17 +108,23 @@ def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def measure_layer(stream: LayerStream, scheme: Scheme, index: int, rows: Sequence[Row], linears: Sequence[str]) -> Amax:
-    """Run every row through one layer under the scheme's observers."""
-    with stream.open_layer(index) as layer:
-        if not linears:
-            for row in rows:
-                stream.run_layer(layer, index, row)
-            return {}
-        with scheme.observe(layer, f"{stream.prefix}.{index}.", linears) as read:
-            for row in rows:
-                stream.run_layer(layer, index, row)
-            return read()
+def measure_layer(
+    stream: LayerStream,
+    scheme: Scheme,
+    index: int,
+    rows: Sequence[Row],
+    linears: Sequence[str],
+    attention: str | None = None,
+) -> Amax:
+    """Run every row through one layer under the scheme's observers, and that of its KV cache if it gets scales."""
+    prefix = f"{stream.prefix}.{index}."
+    with stream.open_layer(index) as layer, ExitStack() as observers:
+        reads = [observers.enter_context(scheme.observe(layer, prefix, linears))] if linears else []
+        if attention:
+            reads.append(observers.enter_context(observe_cache(layer, prefix, attention)))
+        for row in rows:
+            stream.run_layer(layer, index, row)
+        return {name: kinds for read in reads for name, kinds in read().items()}
 
 
 class SavedStates:
@@ -293,6 +300,7 @@ def quantize_unit(
     Raises CalibrationError if a needed amax is not there.
     """
     groups = {linear: group for group in unit.groups for linear in group}
+    cache_scales = name_scales(unit.attention, scheme.layout) if unit.attention else ()
     made: dict[str, Any] = {}
     for tensor in unit.tensors:
         if tensor.name in unit.kept:
@@ -301,7 +309,9 @@ def quantize_unit(
             )
             yield tensor, checkpoint.read_chunks(tensor.name)
             continue
-        if tensor.name not in made:
+        if tensor.name in cache_scales and unit.attention:
+            made |= scale_cache(unit.attention, scheme.layout, amax)
+        elif tensor.name not in made:
             made |= quantize_group(checkpoint, scheme, groups[tensor.name.rpartition(".")[0]], amax, device)
         given = made.pop(tensor.name)
         check_planned(unit, tensor, tuple(given.shape), given.nbytes)
@@ -317,6 +327,13 @@ def quantize_group(
         lacking = next(linear for linear in group if linear not in inputs)
         raise CalibrationError(f"{lacking} was not measured", "the amax table", "delete the receipts and run again")
     return scheme.quantize_group(Weights(checkpoint, group, device), inputs)
+
+
+def scale_cache(attention: str, layout: str, amax: Amax) -> dict[str, Any]:
+    """The scales of a layer's KV cache. Raises CalibrationError if its keys and values were not measured."""
+    if attention not in amax:
+        raise CalibrationError(f"{attention} was not measured", "the amax table", "delete the receipts and run again")
+    return make_scales(attention, layout, amax[attention])
 
 
 class Weights(Mapping[str, Any]):

@@ -78,6 +78,26 @@ def test_linears_that_read_the_same_input_are_one_group(
     assert (found.name, found.tied, found.other_linears) == (architecture, tied, ("lm_head",))
 
 
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "changes", "attention"),
+    [
+        ("LlamaForCausalLM", "llama", {}, "self_attn"),
+        ("Phi3ForCausalLM", "phi3", {}, "self_attn"),
+        ("Gemma3ForCausalLM", "gemma3_text", {}, "self_attn"),
+        ("MiniCPM3ForCausalLM", "minicpm3", {**LATENT, "v_head_dim": 16}, None),
+        ("GPTNeoXForCausalLM", "gpt_neox", {}, None),
+    ],
+)
+def test_attentions_whose_keys_and_values_go_into_a_cache_are_found(
+    architecture: str, model_type: str, changes: dict[str, Any], attention: str | None
+) -> None:
+    for layer in describe(architecture, model_type, **changes).layers:
+        assert layer.attention == (attention and f"{layer.name}.{attention}")
+
+
 @pytest.mark.parametrize(
     ("architecture", "model_type"),
     [("LlamaForCausalLM", "llama"), ("Qwen3ForCausalLM", "qwen3"), ("Gemma3ForCausalLM", "gemma3_text")],

@@ -334,6 +334,11 @@ def test_amax_tables_differ_by_their_worst_input(new: dict[str, dict[str, str]],
     assert (compare_amax(new, measure(0.5, 4.0)) == 0.0) == (largest == 0.0)
 
 
+def test_keys_and_values_may_differ_as_inputs_may() -> None:
+    one, other = ({"self_attn": {"key": key.hex(), "value": (3.0).hex()}} for key in (2.0, 2.25))
+    assert compare_amax(one, other) == 0.125
+
+
 # ------------------------------------------------------------------------------------------- what is not a lock
 
 
@@ -510,3 +515,5 @@ def test_constraints_name_every_tool_of_a_lock(locked: dict[str, Any]) -> None:
 def test_what_is_locked_is_not_what_is_shown(write_release: Callable[..., Path]) -> None:
     what = describe_what(load_manifest(write_release()))
     assert what.keys() == {"manifest", "base", "scheme", "calibration", "fixes", "files", "compatibility"}
+    cached = describe_what(load_manifest(write_release(kv_cache="fp8")))
+    assert cached == {**what, "kv_cache": "fp8"}, "a lock from before there was such a key lacks it"

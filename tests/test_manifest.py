@@ -252,7 +252,7 @@ device cannot be gpu
 unknown key exekutor
   in releases/tiny.yaml:6:11: exekutor: ray
   fix: did you mean executor? Valid: base, benchmarks, calibration, card, compatibility, device, evaluation, executor, \
-files, fixes, llama_swap, manifest, perplexity, repo, sampling, scheme, serve, shards, title""",
+files, fixes, kv_cache, llama_swap, manifest, perplexity, repo, sampling, scheme, serve, shards, title""",
     "files:\n  max_byte: 1": """\
 unknown key files.max_byte
   in releases/tiny.yaml:7:13: files.max_byte: 1

@@ -133,6 +133,34 @@ def test_logits_of_every_scheme_are_those_of_the_whole_model_to_the_last_bit(
         assert torch.equal(stream.read_logits(row), model(torch.tensor([window]), use_cache=False).logits[0])
 
 
+def read_logits(stream: ArtifactStream, window: Sequence[int]) -> torch.Tensor:
+    row = stream.embed(window)
+    for index in range(len(stream.layers)):
+        with stream.open_layer(index) as layer:
+            stream.run_layer(layer, index, row)
+    return stream.read_logits(row)
+
+
+def test_keys_and_values_are_rounded_with_the_scales_of_the_kv_cache_as_transformers_does(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    window = list(range(5, 25))
+    few = {"kv_cache": "fp8", "calibration.samples": 2}
+    write, logits = release_writer(tmp_path / "releases"), {}
+    for layout, scheme in (("compressed-tensors", "fp8_dynamic"), ("modelopt", "nvfp4")):
+        manifest = write(layout, **few, **{"scheme.name": scheme, "scheme.layout": layout})
+        workspace = build(manifest, tmp_path / layout)
+        config = read_layout(workspace)
+        logits[layout] = read_logits(open_artifact(workspace.artifact, config), window)
+        unrounded = read_logits(open_artifact(workspace.artifact, {**config, "kv_cache_scheme": None}), window)
+        assert 0 < (logits[layout] - unrounded).abs().max() < 2
+        if layout == "compressed-tensors":
+            model = AutoModelForCausalLM.from_pretrained(workspace.artifact, dtype="auto").eval()
+            with torch.inference_mode():
+                whole = model(torch.tensor([window]), use_cache=False).logits[0]
+            assert torch.equal(logits[layout], whole)
+
+
 def test_both_layouts_have_exactly_the_same_perplexity(releases: Releases) -> None:
     assert measure_perplexity(releases.open("modelopt"), releases.windows) == releases.of_artifact
 

@@ -538,6 +538,46 @@ def test_calibrated_scales_need_calibration_data(
     assert plan.calibrate_memory == 0 and not plan.measures_inputs
 
 
+def test_scales_of_a_kv_cache_need_calibration_data(
+    make_plan: Callable[..., Plan], refuse: Callable[..., tuple[str, Manifest]]
+) -> None:
+    data_free = {"kv_cache": "fp8", "scheme.name": "fp8_dynamic"}
+    said, manifest = refuse(calibration=None, **data_free)
+    assert said == (
+        "no calibration data, but kv_cache: fp8 needs some\n"
+        f"  in {manifest.where('kv_cache')}\n"
+        "  fix: add `calibration:` with a dataset or a path, or remove kv_cache"
+    )
+    plan = make_plan(**data_free)
+    assert plan.calibrate_memory > 0 and plan.measures and not plan.measures_inputs
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
+def test_each_layer_has_two_scales_of_its_kv_cache_more(make_plan: Callable[..., Plan], layout: str) -> None:
+    plain, plan = (make_plan(**{"scheme.layout": layout}, **more) for more in ({}, {"kv_cache": "fp8"}))
+    added = [tensor for name, tensor in plan.tensors.items() if name not in plain.tensors]
+    places = (".k_proj.k_scale", ".v_proj.v_scale") if layout == "modelopt" else (".k_scale", ".v_scale")
+    names = [f"model.layers.{layer}.self_attn{place}" for layer in range(4) for place in places]
+    assert [tensor.name for tensor in added] == names
+    assert {(tensor.dtype, tensor.shape) for tensor in added} == {
+        ("F32", ()) if layout == "modelopt" else ("BF16", (1,))
+    }
+    assert {**plan.tensors, **plain.tensors} == plan.tensors
+    assert all(is_scalar(tensor) for tensor in added), "they close a file that is written in one pass"
+    assert all(file.in_place for file in plan.files)
+
+
+def test_layers_whose_cache_holds_latents_are_refused_by_name(refuse: Callable[..., tuple[str, Manifest]]) -> None:
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
+    changes = {"architectures": ["MiniCPM3ForCausalLM"], "model_type": "minicpm3", "num_key_value_heads": 4}
+    said, manifest = refuse(describe(**changes, **latent), kv_cache="fp8")
+    assert said == (
+        "model.layers.0 of MiniCPM3ForCausalLM puts no keys and values into a KV cache as they are\n"
+        f"  in {manifest.where('kv_cache')}\n"
+        "  fix: remove kv_cache"
+    )
+
+
 # --- headers ----------------------------------------------------------------------------------------------------------
 
 

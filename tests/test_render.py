@@ -487,6 +487,32 @@ def test_a_card_without_receipts_has_no_figure_at_all(tmp_path: Path) -> None:
     ]  # "4-bit floats in blocks of 16" and "activations stay in 16 bits", of the format itself
 
 
+def test_the_card_tells_the_range_of_the_scales_of_a_kv_cache(folder: Path, obligations: Obligations) -> None:
+    table = {f"model.layers.{n}.self_attn": {"key": (2.0 + n).hex(), "value": (9.0 - n).hex()} for n in range(3)}
+    table["model.layers.0.mlp.up_proj"] = {"weight": (0.001).hex(), "input": (900.0).hex()}
+    receipts = replace_at(("calibrate", "facts", "amax"), lambda _: table)
+    rows = [{"shard": 0, "first_layer": 0, "last_layer": 3, "keys": counts(good=3), "values": counts(good=2)}]
+
+    def row(serve: dict[str, Any] | None) -> str:
+        card = render_card(write_manifest(folder, kv_cache="fp8", serve=serve), receipts, obligations)["README.md"]
+        return next(line for line in card.splitlines() if line.startswith("| KV cache |"))
+
+    plain = (
+        "| KV cache | `fp8`; scales measured on the calibration rows: keys 0.00446 to 0.00893, "
+        "values 0.0156 to 0.0201. vLLM takes them from config.json"
+    )
+    assert row(None) == row(MANIFEST["serve"]) == f"{plain} |"
+    other = {**MANIFEST["serve"], "args": {"kv-cache-dtype": "bfloat16"}}
+    assert row(other) == f"{plain}, but not as it is served below, with `bfloat16` |"
+    cached = write_manifest(folder, kv_cache="fp8")
+    unmeasured = render_card(cached, {}, obligations)["README.md"]
+    assert "keys not measured to not measured, values not measured to not measured" in unmeasured
+    alone = replace_at(("calibrate", "circumstances", "health"), lambda _: rows)
+    card = render_card(cached, alone, obligations)["README.md"]
+    assert "| 1 | 0 to 2 | 3 of 280 | 1 / 0 / 2 | 2 of 280 | 1 / 0 / 2 |" in card
+    assert "Inputs good" not in card and "Keys good" in card
+
+
 def test_no_template_has_a_figure_typed_in() -> None:
     programs = {path for path in TEMPLATES.iterdir() if path.name.endswith(".py.j2")}
     sources = {path.name: path.read_text("utf-8") for path in set(TEMPLATES.iterdir()) - programs}

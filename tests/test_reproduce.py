@@ -199,6 +199,27 @@ def test_a_scheme_that_measures_nothing_has_no_further_tiers(
     assert reproduce(LOCK, BUILD, recalibrate=True)["tier"] == 1
 
 
+@pytest.mark.parametrize("scheme", ["fp8_dynamic", "nvfp4"])
+def test_scales_of_a_kv_cache_come_out_of_the_lock_too(
+    write_release: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    manifest = write_release(**{"scheme.name": scheme, "kv_cache": "fp8"}, **SAMPLES)
+    build(manifest, tmp_path / "build" / "tiny", "lock", without=LOOKS)
+    data = manifest.with_name("calibration.jsonl").rename(tmp_path / "rows")
+    result = reproduce(LOCK, BUILD)
+    assert (result["tier"], result["verdict"]) == (1, "equal")
+    data.rename(manifest.with_name("calibration.jsonl"))
+    assert reproduce(LOCK, BUILD, recalibrate=True)["tier"] == 2
+    attention = "model.layers.2.self_attn"
+    edit_lock(
+        lambda lock: lock["amax"][attention].update(key=(2 * float.fromhex(lock["amax"][attention]["key"])).hex())
+    )
+    assert f"{attention}.k_scale" in fail_to_reproduce()
+    edit_lock(lambda lock: lock["amax"].pop(attention))
+    assert fail_to_reproduce().startswith(f"the key statistic of {attention} is missing")
+
+
 def test_tools_that_change_no_byte_are_told_and_no_hindrance(copy: Path) -> None:
     edit_lock(lambda lock: lock["versions"].update({"tokenizers": "0.21.0", "release-builder": "0.0.1"}))
     told: list[str] = []

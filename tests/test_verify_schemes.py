@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import build, release_writer
-from test_verify import edit, edit_bytes, quantization_change
+from test_verify import edit, edit_bytes, edit_json, quantization_change
 
 from builder.stages import Workspace
 from builder.stages.verify import describe_expected
@@ -178,6 +178,127 @@ def test_damage_is_found_by_its_own_check(
     expected = {key: value for key, value in describe_expected(workspace).items() if key != "payload"}
     report = verify_artifact(artifact, workspace.base_folder(), expected, sample=0, whole_model=False)
     assert {finding.check for finding in report.errors} == checks
+
+
+KEYS = "model.layers.1.self_attn"
+KEY_SCALE = {"compressed-tensors": "k_scale", "modelopt": "k_proj.k_scale"}
+CACHE, CONFIG = {"kv cache"}, {"quantization config"}
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workspace]:
+    """A release with scales of its KV cache in a layout, assembled; built when it is first asked for."""
+    folder, workspaces = tmp_path_factory.mktemp("cached"), dict[str, Workspace]()
+    write = release_writer(folder / "releases")
+
+    def find(layout: str) -> Workspace:
+        if layout not in workspaces:
+            name = "nvfp4" if layout == "modelopt" else "fp8_dynamic"
+            changes = {"scheme.name": name, "scheme.layout": layout, "calibration.samples": 3}
+            workspaces[layout] = build(write(layout, kv_cache="fp8", **changes), folder / layout)
+        return workspaces[layout]
+
+    return find
+
+
+def change_key_scale(change: Callable[[np.ndarray], object]) -> Callable[[Path, str], None]:
+    """change: is given the numbers' bits."""
+    return lambda artifact, layout: edit_bytes(
+        artifact,
+        f"{KEYS}.{KEY_SCALE[layout]}",
+        lambda raw: change(raw.view(np.uint32 if layout == "modelopt" else np.uint16)),
+    )
+
+
+def invert_key_scale(artifact: Path, layout: str) -> None:
+    name = f"{KEYS}.{KEY_SCALE[layout]}"
+    edit(artifact, lambda tensors: tensors.update({name: 1 / tensors[name]}), name)
+
+
+def make_all_alike(artifact: Path, layout: str) -> None:
+    for layer in range(4):
+        for suffix in ("k_scale", "v_scale"):
+            name = f"model.layers.{layer}.self_attn.{suffix}"
+            edit(artifact, lambda tensors, name=name: tensors.update({name: 0 * tensors[name] + 1}), name)
+
+
+def drop_key_scale(artifact: Path, layout: str) -> None:
+    name = f"{KEYS}.{KEY_SCALE[layout]}"
+    edit(artifact, lambda tensors: tensors.pop(name), name)
+
+
+def widen_key_scale(artifact: Path, layout: str) -> None:
+    name = f"{KEYS}.{KEY_SCALE[layout]}"
+    edit(artifact, lambda tensors: tensors.update({name: tensors[name].double()}), name)
+
+
+def change_cache(**changes: Any) -> Callable[[Path, str], None]:
+    def change(quantization: dict[str, Any]) -> None:
+        quantization["kv_cache_scheme"] = {**quantization["kv_cache_scheme"], **changes} if changes else None
+
+    return lambda artifact, layout: quantization_change(change)(artifact)
+
+
+def forget_in_the_other_file(artifact: Path, layout: str) -> None:
+    edit_json(artifact, "hf_quant_config.json", lambda config: config["quantization"].update(kv_cache_quant_algo=None))
+
+
+BOTH = ("compressed-tensors", "modelopt")
+CACHE_DAMAGE: dict[str, tuple[tuple[str, ...], Callable[[Path, str], None], set[str]]] = {
+    "a scale off by its last bit": (BOTH, change_key_scale(lambda bits: bits.__iadd__(1)), CACHE),
+    "a scale that is zero": (BOTH, change_key_scale(lambda bits: bits.__imul__(0)), CACHE),
+    "a scale that is negative": (("compressed-tensors",), change_key_scale(lambda bits: bits.__ior__(0x8000)), CACHE),
+    "a scale that is infinite": (("modelopt",), change_key_scale(lambda bits: bits.fill(0x7F800000)), CACHE),
+    "a scale the wrong way round": (BOTH, invert_key_scale, CACHE),
+    "scales that are all alike": (("compressed-tensors",), make_all_alike, CACHE),
+    "a scale that is missing": (BOTH, drop_key_scale, {"kv cache", "plan"}),
+    "a scale in another dtype": (BOTH, widen_key_scale, {"kv cache", "plan"}),
+    "a config that does not speak of it": (BOTH, change_cache(), CONFIG),
+    "a config that speaks of integers": (BOTH, change_cache(type="int"), CONFIG),
+    "a config that calls it dynamic": (BOTH, change_cache(dynamic=True), CONFIG),
+    "another config that does not speak of it": (("modelopt",), forget_in_the_other_file, CONFIG),
+}
+
+
+@pytest.mark.parametrize("layout", BOTH)
+def test_a_good_release_with_scales_of_its_kv_cache_has_no_finding(
+    cached: Callable[[str], Workspace], layout: str
+) -> None:
+    workspace = cached(layout)
+    report = verify_artifact(
+        workspace.artifact, workspace.base_folder(), describe_expected(workspace), sample=1, whole_model=True
+    )
+    assert report.findings == ()
+    assert report.checks["kv cache"] == 8 and report.loaded_whole
+    assert all(number > 0 for number in report.checks.values()), report.checks
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [(layout, name) for name, case in CACHE_DAMAGE.items() for layout in case[0]]
+)
+def test_damage_to_scales_of_a_kv_cache_is_found(
+    cached: Callable[[str], Workspace], tmp_path: Path, layout: str, name: str
+) -> None:
+    workspace, (_, mutate, checks) = cached(layout), CACHE_DAMAGE[name]
+    artifact = tmp_path / "artifact"
+    shutil.copytree(workspace.artifact, artifact)
+    mutate(artifact, layout)
+    expected = {key: value for key, value in describe_expected(workspace).items() if key != "payload"}
+    report = verify_artifact(artifact, workspace.base_folder(), expected, sample=0, whole_model=False)
+    assert {finding.check for finding in report.errors} == checks
+    told = " ".join(finding.what for finding in report.errors)
+    assert ("it is the inverse" in told) == (name == "a scale the wrong way round")
+    assert ("injected, not measured" in told) == (name == "scales that are all alike")
+    assert ("is F64 " in told and ", not " in told) == (name == "a scale in another dtype")
+
+
+def test_scales_of_a_kv_cache_that_nobody_planned_are_found(
+    cached: Callable[[str], Workspace], built: Callable[[str], Workspace]
+) -> None:
+    workspace, plain = cached("compressed-tensors"), describe_expected(built("fp8_dynamic"))
+    expected = {key: value for key, value in plain.items() if key != "payload"}
+    report = verify_artifact(workspace.artifact, workspace.base_folder(), expected, sample=0, whole_model=False)
+    assert {finding.check for finding in report.errors} == {"plan", "layout", "quantization config"}
 
 
 @pytest.mark.parametrize("scheme", PACKED)

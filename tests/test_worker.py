@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -29,8 +31,11 @@ def read_tensors(artifact: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(artifact.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def export_with_modelopt(manifest: Manifest, base: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """What modelopt makes of the whole model in one process, calibrated with the release's rows, one by one."""
+def export_with_modelopt(manifest: Manifest, base: Path, folder: Path, *more: str) -> dict[str, torch.Tensor]:
+    """What modelopt makes of the whole model in one process, calibrated with the release's rows, one by one.
+
+    more: the names of modelopt's configs that are added to that of NVFP4.
+    """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM
@@ -44,7 +49,9 @@ def export_with_modelopt(manifest: Manifest, base: Path, folder: Path) -> dict[s
                 model(torch.tensor([row]))
 
     with redirect_stdout(io.StringIO()):
-        mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, run)
+        configs = [mtq.NVFP4_DEFAULT_CFG, *(getattr(mtq, name) for name in more)]
+        quantizers = [quantizer for config in configs for quantizer in config["quant_cfg"]]
+        mtq.quantize(model, {**mtq.NVFP4_DEFAULT_CFG, "quant_cfg": quantizers}, run)
         export_hf_checkpoint(model, export_dir=str(folder))
     return read_tensors(folder)
 
@@ -98,6 +105,26 @@ def test_compressed_tensors_layout_holds_the_same_bits_under_its_own_names(
             tensor = 1 / (1 / tensor)  # the layout stores reciprocals; that much is lost, and no more
         assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
     assert found.keys() == wanted.keys()
+
+
+def test_scales_of_the_kv_cache_are_those_modelopt_exports_and_change_nothing_else(
+    write_release: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_release(**{"scheme.layout": "modelopt", "shards": 3, "kv_cache": "fp8"})
+    artifact, theirs = build(path, tmp_path / "build").artifact, tmp_path / "theirs"
+    exported = export_with_modelopt(load_manifest(path), path.parent / "base", theirs, "FP8_KV_CFG")
+    assert_same_bits(read_tensors(artifact), exported)
+    for name, key in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
+        ours, wanted = (json.loads((folder / name).read_text("utf-8")) for folder in (artifact, theirs))
+        assert ours[key] == wanted[key]
+    scales = {name: scale for name, scale in exported.items() if name.endswith((".k_scale", ".v_scale"))}
+    assert len(scales) == 8
+    # the other layout rounds them to bf16, as llm-compressor does
+    renamed = {re.sub(r"\.[kv]_proj(\.[kv]_scale)", r"\1", name): scale for name, scale in scales.items()}
+    rounded = {name: scale.reshape(1).bfloat16() for name, scale in renamed.items()}
+    plain = read_tensors(build(write_release(), tmp_path / "plain").artifact)
+    other = read_tensors(build(write_release(kv_cache="fp8"), tmp_path / "other").artifact)
+    assert_same_bits(other, {**plain, **rounded})
 
 
 def test_payload_does_not_depend_on_the_way_its_files_came_about(

@@ -102,6 +102,9 @@ SCHEMES: dict[str, Callable[[manifest.Scheme], Scheme]] = {
 }
 
 
+CACHED = ("nvfp4", "nvfp4a16", "fp8_dynamic")  # the schemes that an FP8 KV cache goes with
+
+
 def bind_specs(specs: Sequence[manifest.Scheme]) -> Scheme:
     """The scheme that one or several descriptions make together; they have been found sound."""
     schemes = [(spec.match, SCHEMES[spec.name](spec)) for spec in specs]
@@ -128,6 +131,10 @@ def bind_scheme(source: manifest.Manifest) -> Scheme:
             continue
         problems += find_meaningless(source, index, alone=len(specs) == 1)
         problems += find_unmatched(source, index, last=index + 1 == len(specs))
+        if source.release.kv_cache and spec.name not in CACHED:
+            what = f"kv_cache: {source.release.kv_cache} does not go with {spec.name}"
+            fix = f"remove it, or use {', '.join(CACHED)} alone"
+            problems.append(ManifestError(what, source.where("kv_cache"), fix))
     raise_all(problems)
     return bind_specs(specs)
 

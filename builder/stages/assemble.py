@@ -17,6 +17,7 @@ from builder.files import canonical_json, read_json, sha256_file, sync_folder, w
 from builder.manifest import Compatibility
 from builder.plan import Plan
 from builder.schemes import Scheme, bind_scheme
+from builder.schemes.cache import describe_cache, describe_cache_beside
 from builder.stages.plan import make_plan
 from builder.stages.quantize import drop_parts, key_of_parts, take_back
 from builder.stages.stage import Outcome, Stage
@@ -140,6 +141,8 @@ def write_configs(compatibility: Compatibility, plan: Plan, scheme: Scheme, draf
         # Of its linears the template leaves none out; the pipeline adds lm_head to one file and forgets the other.
         quantization, beside = scheme.quantization_config(["lm_head"]), scheme.extra_configs([])
         write_json(draft / "generation_config.json", describe_generation(template))
+    if plan.measures_cache:
+        quantization, beside = describe_cache(quantization, scheme.layout), describe_cache_beside(beside)
     producer = compatibility.producer
     write_config(draft / "config.json", config, name_producer(quantization, producer), choose_spelling(compatibility))
     for name, content in beside.items():

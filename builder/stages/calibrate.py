@@ -10,6 +10,7 @@ from builder.errors import CalibrationError
 from builder.files import digest
 from builder.plan import Plan
 from builder.schemes import bind_scheme
+from builder.schemes.cache import KINDS
 from builder.stages.jobs import common_job, describe_jobs, run_jobs
 from builder.stages.plan import make_plan, require_disk
 from builder.stages.stage import BUILDER, Outcome, Stage, keep_nothing
@@ -21,12 +22,13 @@ TOOLS = ("tokenizers", "torch", "transformers")
 
 def read(workspace: Workspace) -> Any:
     scheme, release = bind_scheme(workspace.manifest), workspace.manifest.release
-    if not scheme.measures_inputs:
+    if not scheme.measures_inputs and not release.kv_cache:
         return {"measures": False}
     spec = release.calibration
     versions = lock.list_versions()
-    return {
-        "measures": True,
+    cache = {"kv_cache": release.kv_cache} if release.kv_cache else {}
+    return cache | {
+        "measures": scheme.measures_inputs,
         "calibration": spec and spec.model_dump(mode="json"),
         "data": spec and spec.path and workspace.digest_file(spec.path),
         "base": workspace.facts("fetch")["files"],
@@ -38,7 +40,7 @@ def read(workspace: Workspace) -> Any:
 
 def run(workspace: Workspace) -> Outcome:
     scheme = bind_scheme(workspace.manifest)
-    if not scheme.measures_inputs:
+    if not scheme.measures_inputs and not workspace.manifest.release.kv_cache:
         return Outcome(
             {"rows": None, "amax": {}, "machine_classes": []},
             {"health": [], "skipped": "the scheme needs no statistics of activations"},
@@ -52,11 +54,12 @@ def run(workspace: Workspace) -> Outcome:
     rows = choose_rows(workspace.manifest, folder)
     reads = read(workspace)
     num_blocks = min(len(plan.shards), len(rows.tokens))
-    ignored = set(plan.ignore)
+    measured = set(plan.quantized) if plan.measures_inputs else set[str]()
     shared = common_job(workspace, folder) | {
         "folder": str(workspace.calibration),
         "save_every_s": SAVE_STATES_EVERY_S,
-        "linears": [[name for name in layer.linears if name not in ignored] for layer in plan.architecture.layers],
+        "linears": [[name for name in layer.linears if name in measured] for layer in plan.architecture.layers],
+        "attentions": [layer.attention if plan.measures_cache else None for layer in plan.architecture.layers],
     }
     jobs = []
     for block in range(num_blocks):
@@ -83,35 +86,46 @@ def run(workspace: Workspace) -> Outcome:
 
 
 def check_health(plan: Plan, amax: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Count good, zero, nan and missing statistics of each shard's quantizers.
+    """Count good, zero, nan and missing statistics of each shard: of linears and of KV caches, where they are measured.
 
-    Raises CalibrationError naming the first linear that is not good.
+    Raises CalibrationError naming the first module whose statistic is not good.
     """
     health: list[dict[str, Any]] = []
     for shard in plan.shards:
         units = [plan.find_unit(name) for name in shard.units]
-        linears = [linear for unit in units for group in unit.groups for linear in group]
+        measured: dict[str, list[str]] = {}
+        if plan.measures_inputs:
+            linears = [linear for unit in units for group in unit.groups for linear in group]
+            measured |= {"weight": linears, "input": linears}
+        if plan.measures_cache:
+            attentions = [unit.attention for unit in units if unit.attention]
+            measured |= dict.fromkeys(KINDS, attentions)
         row: dict[str, Any] = {
             "shard": shard.index,
             "first_layer": shard.first_layer,
             "last_layer": shard.last_layer,
         }
-        for kind in ("weight", "input"):
-            counts = {"planned": len(linears), "good": 0, "zero": 0, "nan": 0, "missing": 0}
-            for linear in linears:
-                value = amax.get(linear, {}).get(kind)
+        for kind, modules in measured.items():
+            counts = {"planned": len(modules), "good": 0, "zero": 0, "nan": 0, "missing": 0}
+            for module in modules:
+                value = amax.get(module, {}).get(kind)
                 state = judge_amax(value)
                 counts[state] += 1
                 if state != "good":
                     raise CalibrationError(
-                        f"the {kind} statistic of {linear} is {state}" + (f" ({value})" if state == "nan" else ""),
-                        f"{linear}, shard {shard.index + 1} of {len(plan.shards)}",
-                        f"see whether the base model's {linear}.weight and those before it are sound, "
+                        f"the {kind} statistic of {module} is {state}" + (f" ({value})" if state == "nan" else ""),
+                        f"{module}, shard {shard.index + 1} of {len(plan.shards)}",
+                        f"see whether the base model's {name_weights(kind, module)} and those before it are sound, "
                         "or give other calibration rows",
                     )
             row[f"{kind}s"] = counts
         health.append(row)
     return health
+
+
+def name_weights(kind: str, module: str) -> str:
+    """What of the base a statistic comes from."""
+    return f"weights in {module}" if kind in KINDS else f"{module}.weight"
 
 
 def judge_amax(value: float | None) -> str:

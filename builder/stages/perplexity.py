@@ -57,10 +57,12 @@ def run(workspace: Workspace) -> Outcome:
 def read_layout(workspace: Workspace) -> dict[str, Any]:
     """How compressed-tensors reads the artifact, whatever its layout."""
     from builder.schemes import bind_specs
+    from builder.schemes.cache import describe_cache
 
     specs = [spec.model_copy(update={"layout": "compressed-tensors"}) for spec in workspace.manifest.release.scheme]
     plan = workspace.facts("plan")
-    return bind_specs(specs).quantization_config(plan["ignore"], linears=plan["quantized"])
+    config = bind_specs(specs).quantization_config(plan["ignore"], linears=plan["quantized"])
+    return describe_cache(config, "compressed-tensors") if workspace.manifest.release.kv_cache else config
 
 
 STAGE = Stage("perplexity", "measure base and artifact on held-out text", read, run, keep_nothing)

@@ -39,6 +39,7 @@ def read(workspace: Workspace) -> Any:
         "base": release.base.model_dump(mode="json"),
         "base_files": files,
         "scheme": [spec.model_dump(mode="json") for spec in release.scheme],
+        "kv_cache": release.kv_cache,
         "shards": release.shards,
         "executor": name_executor(workspace),
         "files": release.files.model_dump(mode="json"),
@@ -173,7 +174,7 @@ def check_inputs(workspace: Workspace, plan: Plan) -> None:
         what = f"no such file: {manifest.resolve(perplexity.path)}"
         where = manifest.where("perplexity", "path")
         problems.append(ManifestError(what, where, "give a text file relative to the manifest, or leave it out"))
-    if calibration and plan.measures_inputs:
+    if calibration and plan.measures:
         if context and calibration.tokens[1] > context:
             what = f"calibration rows of up to {calibration.tokens[1]} tokens, but the model was made for {context}"
             problems.append(ManifestError(what, manifest.where("calibration", "tokens"), f"use {context} at most"))

@@ -16,7 +16,8 @@ from builder.stages.workspace import Workspace
 
 def read(workspace: Workspace) -> Any:
     release = workspace.manifest.release
-    return {
+    cache = {"kv_cache": release.kv_cache} if release.kv_cache else {}  # parts from before there was any stay valid
+    return cache | {
         "base": workspace.facts("fetch")["files"],
         "scheme": [spec.model_dump(mode="json") for spec in release.scheme],
         "files": release.files.model_dump(mode="json"),
@@ -41,7 +42,8 @@ def run(workspace: Workspace) -> Outcome:
     amax, jobs = workspace.facts("calibrate")["amax"], []
     for shard in plan.shards:
         units = [plan.find_unit(name) for name in shard.units]
-        linears = {linear for unit in units for group in unit.groups for linear in group}
+        measured = {linear for unit in units for group in unit.groups for linear in group}
+        measured |= {unit.attention for unit in units if unit.attention}
         jobs.append(
             shared
             | {
@@ -51,7 +53,7 @@ def run(workspace: Workspace) -> Outcome:
                 "memory_bytes": plan.quantize_memory,
                 "units": [UNIT.dump_python(unit, mode="json") for unit in units],
                 "files": [FILE.dump_python(file, mode="json") for file in plan.files],
-                "amax": {linear: kinds for linear, kinds in amax.items() if linear in linears},
+                "amax": {module: kinds for module, kinds in amax.items() if module in measured},
             }
         )
     records = run_jobs(workspace, "builder.worker:quantize_layers", jobs)

@@ -26,7 +26,6 @@ from builder.files import digest, read_receipt, write_receipt
 from builder.manifest import load_manifest, show_path
 from builder.plan import Plan
 from builder.published import Place, Verdict, compare_published
-from builder.schemes import bind_scheme
 from builder.stages import assemble, calibrate, fetch, plan, quantize
 from builder.stages.jobs import choose_device, name_executor
 from builder.stages.leavings import count_freed, remove_leavings
@@ -181,14 +180,15 @@ def list_stages(locked: Mapping[str, Any], recalibrate: bool) -> tuple[Stage, ..
 
 def take_recorded(locked: Mapping[str, Any], workspace: Workspace) -> Outcome:
     """The lock's amax table in place of a calibration's, where the scheme needs one."""
-    if not bind_scheme(workspace.manifest).measures_inputs:
+    layout = make_plan(workspace, workspace.base_folder())
+    if not layout.measures:
         return calibrate.run(workspace)
     amax = {
         linear: {kind: float.fromhex(text) for kind, text in kinds.items()} for linear, kinds in locked["amax"].items()
     }
-    layout = make_plan(workspace, workspace.base_folder())
     calibrate.check_health(layout, amax)
-    compare_weights(workspace, layout, amax)
+    if layout.measures_inputs:
+        compare_weights(workspace, layout, amax)
     return Outcome({"rows": None, "amax": locked["amax"], "machine_classes": locked["machine_classes"]}, {})
 
 

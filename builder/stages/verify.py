@@ -56,6 +56,9 @@ def describe_expected(workspace: Workspace) -> dict[str, Any]:
         "input_amax": {
             linear: kinds["input"] for linear, kinds in workspace.facts("calibrate")["amax"].items() if "input" in kinds
         },
+        "cache_amax": {
+            module: kinds for module, kinds in workspace.facts("calibrate")["amax"].items() if "key" in kinds
+        },
         "from_template": release.compatibility.export_template is not None,
         "copied_files": release.compatibility.copied_files,
     }

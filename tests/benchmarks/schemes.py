@@ -41,7 +41,9 @@ def make_table(names: tuple[str, ...]) -> str:
     rows = [show_row("none", "the base", base["base_num_bytes"], 16, base["base"], 1)]
     for name in sorted(names, key=lambda name: (figures[name]["artifact"], name)):
         found = figures[name]
-        schemes = ", ".join(f"`{spec.name}`" for spec in load_manifest(Path(f"releases/{name}.yaml")).release.scheme)
+        release = load_manifest(Path(f"releases/{name}.yaml")).release
+        schemes = ", ".join(f"`{spec.name}`" for spec in release.scheme)
+        schemes += f", `kv_cache: {release.kv_cache}`" if release.kv_cache else ""
         bits, recovery = found["bits_per_parameter"], found["base"] / found["artifact"]
         rows.append(show_row(schemes, f"`{name}`", found["num_bytes"], bits, found["artifact"], recovery))
     head = "| scheme | release | size | bits per parameter | perplexity | recovery |\n|---|---|---:|---:|---:|---:|\n"
