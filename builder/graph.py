@@ -28,11 +28,21 @@ from rich.console import Console
 from builder.comparison import compare_sides, load_side
 from builder.errors import BuildError, ManifestError, nearest
 from builder.files import canonical_json, write_atomic
-from builder.lock import ENDING, compare_versions, list_versions, name_release, require_lock, write_constraints
+from builder.lock import (
+    ENDING,
+    SIGNATURE,
+    compare_versions,
+    list_versions,
+    name_release,
+    require_lock,
+    write_constraints,
+)
 from builder.manifest import Manifest, list_releases, load_manifest, show_path
 from builder.published import find_place
+from builder.signing import PASSWORD
 from builder.stages import STAGES, Stage, Workspace, hold, is_current, run_stage
 from builder.stages.reproduce import FOLDER, clean_reproduction, compare_with_place, reproduce
+from builder.stages.sign import check_signature, clean_signature, sign
 from builder.stages.stage import BUILDER, clean_stage
 from builder.terminal import print_diff, print_overview, print_plan, print_summary, show_bytes
 
@@ -49,7 +59,10 @@ ON_REQUEST = {
     "reproduce": "build again from the lock alone, and compare every file",
     "compare": "compare the lock with what was published: --with=FOLDER or --with=OWNER/NAME@COMMIT",
     "pin": "write the versions that the lock was made with, for pip",
+    "sign": "sign a finished release: --key=PRIVATE, or SIGNING_KEY in the environment",
+    "check-signature": "check every file against the signature: --public-key=PUBLIC, and --with=FOLDER if elsewhere",
 }
+CLEANED = {"reproduce": clean_reproduction, "sign": clean_signature}  # what requests leave, and may be taken away
 DIFF = "diff"
 RECALIBRATE = {
     "name": "recalibrate",
@@ -66,9 +79,24 @@ WITH = {
     "help": "what was published: a folder, or owner/name@commit",
 }
 BASE = {"name": "base", "long": "base", "type": str, "default": "", "help": "where the base model is on this machine"}
+KEY = {
+    "name": "key",
+    "long": "key",
+    "type": str,
+    "default": "",
+    "env_var": "SIGNING_KEY",
+    "help": f"a private key, PEM; if it is encrypted, its password is taken from {PASSWORD}",
+}
+PUBLIC_KEY = {
+    "name": "public_key",
+    "long": "public-key",
+    "type": str,
+    "default": "",
+    "help": "the publisher's public key, PEM",
+}
 JSON = {"name": "as_json", "long": "json", "type": bool, "default": False, "help": "as JSON"}
-OPTIONS = tuple(f"--{option['long']}" for option in (RECALIBRATE, WITH, BASE, JSON))
-VALUED = tuple(f"--{option['long']}" for option in (WITH, BASE))
+OPTIONS = tuple(f"--{option['long']}" for option in (RECALIBRATE, WITH, BASE, KEY, PUBLIC_KEY, JSON))
+VALUED = tuple(f"--{option['long']}" for option in (WITH, BASE, KEY, PUBLIC_KEY))
 FORGETFUL = ("forget", "ignore", "reset-dep")  # doit's commands that would change its database
 
 
@@ -286,14 +314,16 @@ def make_tasks(name: str, manifest: Manifest | BuildError, asked: set[str]) -> l
     return [summary, *tasks]
 
 
-class Reproduction(Task):  # type: ignore[misc]
-    """A release built again from its lock."""
+class Request(Task):  # type: ignore[misc]
+    """Something that is done with a lock or a finished release, and is no step of a build."""
 
     def clean(self, outstream: Any, dryrun: bool) -> None:
-        """Take away what was built, and the record of it; or say what that would be."""
-        name = self.name.partition(":")[2]
+        """Take away what it left, and the record of it; or say what that would be."""
+        verb, _, name = self.name.partition(":")
+        if verb not in CLEANED:
+            return
         try:
-            removed, freed = clean_reproduction(BUILD, name, dry_run=dryrun)
+            removed, freed = CLEANED[verb](BUILD, name, dry_run=dryrun)
         except BuildError as error:
             raise InvalidCommand(str(error)) from error
         if removed:
@@ -306,12 +336,14 @@ def make_requests(names: Sequence[str]) -> list[Task]:
     tasks = []
     for name in names:
         path = RELEASES / f"{name}{ENDING}"
-        for verb, kind, act, params in (
-            ("reproduce", Reproduction, make_reproduction(path), [RECALIBRATE, WITH, BASE]),
-            ("compare", Task, make_comparison(path), [WITH]),
-            ("pin", Task, make_pin(path), []),
+        for verb, act, params in (
+            ("reproduce", make_reproduction(path), [RECALIBRATE, WITH, BASE]),
+            ("compare", make_comparison(path), [WITH]),
+            ("pin", make_pin(path), []),
+            ("sign", make_signing(path), [KEY]),
+            ("check-signature", make_check_of_signature(path), [PUBLIC_KEY, WITH]),
         ):
-            tasks.append(kind(f"{verb}:{name}", [act], params=params, subtask_of=verb, doc=ON_REQUEST[verb]))
+            tasks.append(Request(f"{verb}:{name}", [act], params=params, subtask_of=verb, doc=ON_REQUEST[verb]))
     for verb, doc in ON_REQUEST.items():
         every = [f"{verb}:{name}" for name in names]
         tasks.append(Task(verb, None, task_dep=every, has_subtask=True, doc=f"{doc} ({verb}:NAME)"))
@@ -380,6 +412,46 @@ def make_pin(path: Path) -> Callable[[], TaskFailed | None]:
         return None
 
     return act
+
+
+def make_signing(path: Path) -> Callable[..., TaskFailed | None]:
+    name = name_release(path)
+
+    def act(key: str) -> TaskFailed | None:
+        try:
+            private = require_option(key, "--key=PRIVATE, or SIGNING_KEY in the environment")
+            signed = sign(path.with_name(f"{name}.yaml"), BUILD, private, os.environ.get(PASSWORD))
+        except BuildError as error:
+            return fail(error)
+        except OSError as error:
+            return fail(explain_system(error, f"sign:{name}"))
+        print(f"  payload sha256 {signed['payload_sha256']}, signed: {BUILD / name / 'artifact' / SIGNATURE}")
+        print(f"  the public key has sha256 {signed['key_sha256']}")
+        return None
+
+    return act
+
+
+def make_check_of_signature(path: Path) -> Callable[..., TaskFailed | None]:
+    def act(public_key: str, place: str) -> TaskFailed | None:
+        try:
+            key = require_option(public_key, "--public-key=PUBLIC")
+            elsewhere = find_place(place, "the command line: --with") if place else None
+            folder, sha256 = check_signature(path, BUILD, key, elsewhere)
+        except BuildError as error:
+            return fail(error)
+        except OSError as error:
+            return fail(explain_system(error, f"check-signature:{name_release(path)}"))
+        print(f"  {folder}: every file of the payload is signed, by the key of sha256 {sha256}")
+        return None
+
+    return act
+
+
+def require_option(value: str, option: str) -> Path:
+    if not value:
+        raise BuildError("there is no key", "the command line", f"name it: {option}")
+    return Path(value)
 
 
 def print_differences(as_json: bool, sides: Sequence[str]) -> TaskFailed | None:

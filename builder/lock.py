@@ -32,7 +32,8 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-ATTESTATIONS = tuple(f"attestations/{name}.json" for name in ("lock", "provenance", "reproduction"))
+SIGNATURE = "attestations/model.sig"
+ATTESTATIONS = (*(f"attestations/{name}.json" for name in ("lock", "provenance", "reproduction")), SIGNATURE)
 
 
 # --- what a lock holds ------------------------------------------------------------------------------------------------

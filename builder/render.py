@@ -21,6 +21,7 @@ import jinja2
 import yaml
 
 from builder.licenses import Obligations, state_changes
+from builder.lock import SIGNATURE
 from builder.manifest import Compatibility, Manifest, Release, Serve
 from builder.serving import environment, llama_swap_entry, llama_swap_yaml, serve_command, shell_words
 
@@ -87,11 +88,12 @@ def render_card(
     receipts: Mapping[str, Mapping[str, Any]],
     obligations: Obligations,
     reproductions: Sequence[Mapping[str, Any]] = (),
+    signature: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """The files around the payload, by name: README.md; llama-swap.yaml and serve.sh if there is a serve profile.
 
     receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else.
-    reproductions: what rebuilds from the lock came to.
+    reproductions: what rebuilds from the lock came to. signature: `key_sha256` of the key that signed the payload.
     Raises ManifestError or Problems for a serve profile that would not arrive as it is written.
     """
     release = manifest.release
@@ -116,6 +118,8 @@ def render_card(
         "errors": find_severity(records["verify"], "error"),
         "warnings": find_severity(records["verify"], "warning"),
         "reproductions": list(Measured(reproductions)),
+        "signature": Measured(signature),
+        "check_signature": spell_check(release.repo),
     }
     files = {}
     if release.serve:
@@ -312,6 +316,18 @@ def describe_serving(manifest: Manifest, serve: Serve, num_bytes: int | None) ->
 def spell_command(variables: Sequence[tuple[str, str]], words: Sequence[str]) -> str:
     """A command to paste into a shell, with its variables before it."""
     return "".join(f"{name}={shlex.quote(value)} \\\n" for name, value in variables) + break_command(words)
+
+
+def spell_check(repo: str) -> str:
+    """Commands that fetch a release and check its signature without this builder."""
+    folder = repo.rpartition("/")[2]
+    return "\n".join(
+        (
+            "pip install model-signing pyopenssl",
+            f"hf download {repo} --local-dir {folder}",
+            f"model_signing verify key {folder} --signature {folder}/{SIGNATURE} --public_key publisher.pub",
+        )
+    )
 
 
 def break_command(words: Sequence[str]) -> str:

@@ -654,7 +654,7 @@ def test_mistakes_in_what_is_requested_are_told(doit: Run, project: Path, write_
     assert told.err == (
         "ERROR: no task takes --recalibate\n"
         "  in the command line\n"
-        "  fix: did you mean --recalibrate? Valid: --base, --json, --recalibrate, --with\n"
+        "  fix: did you mean --recalibrate? Valid: --base, --json, --key, --public-key, --recalibrate, --with\n"
     )
     assert "fix: write --recalibrate alone" in doit("reproduce:tiny", "--recalibrate=yes").err
     assert "tasks take no argument such as recalibrate=" in doit("reproduce:tiny", "recalibrate=1").err
