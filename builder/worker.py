@@ -183,14 +183,14 @@ class SavedStates:
         )
         path = self.folder / f"{self.name}.before-layer-{layer}.states.safetensors"
         header = PlannedFile(name=path.name, units=(), tensors=tensors, in_place=False).header
-        digest = hashlib.sha256(header)
+        sha256 = hashlib.sha256(header)
         with open_atomic(path) as file:
             file.write(header)
             while states:
                 content = view_bytes(states.popleft())
                 file.write(content)
-                digest.update(content)
-        write_receipt(self.note, {"key": self.key, "layer": layer, "sha256": digest.hexdigest(), "amax": amax})
+                sha256.update(content)
+        write_receipt(self.note, {"key": self.key, "layer": layer, "sha256": sha256.hexdigest(), "amax": amax})
         for older in self.find_states():
             if older != path:
                 older.unlink()
