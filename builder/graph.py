@@ -25,7 +25,7 @@ from doit.reporter import ConsoleReporter
 from doit.task import Task
 from rich.console import Console
 
-from builder.comparison import compare_sides, load_side
+from builder.comparison import compare_sides, is_same, load_side
 from builder.errors import BuildError, ManifestError, nearest
 from builder.files import canonical_json, write_atomic
 from builder.lock import (
@@ -455,7 +455,7 @@ def require_option(value: str, option: str) -> Path:
 
 
 def print_differences(as_json: bool, sides: Sequence[str]) -> TaskFailed | None:
-    """The task `diff`."""
+    """The task `diff`, which fails when something differs, as diff(1) does: exit code 1, and nothing on stderr."""
     names = [side for side in sides or () if side != "--json"]
     try:
         if len(names) != 2:
@@ -468,7 +468,7 @@ def print_differences(as_json: bool, sides: Sequence[str]) -> TaskFailed | None:
         print(canonical_json(found), end="")
     else:
         print_diff(found, Console())
-    return None
+    return None if is_same(found) else TaskFailed("they differ")
 
 
 def make_check(workspace: Workspace, stage: Stage) -> Callable[[], bool]:
