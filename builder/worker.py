@@ -26,7 +26,7 @@ from builder.manifest import Scheme as SchemeSpec
 from builder.parts import Parts, view_bytes
 from builder.plan import PlannedFile, Unit
 from builder.progress import Progress
-from builder.schemes import Amax, Scheme, bind_specs
+from builder.schemes import Amax, Scheme, bind_specs, list_measured
 
 if TYPE_CHECKING:
     import torch
@@ -313,9 +313,9 @@ def quantize_group(
 ) -> dict[str, Any]:
     """What takes the place of the weights of linears that read the same input."""
     inputs = {linear: amax[linear]["input"] for linear in group if "input" in amax.get(linear, {})}
-    if scheme.measures_inputs and len(inputs) < len(group):
-        lacking = next(linear for linear in group if linear not in inputs)
-        raise CalibrationError(f"{lacking} was not measured", "the amax table", "delete the receipts and run again")
+    lacking = [linear for linear in list_measured(scheme, group) if linear not in inputs]
+    if lacking:
+        raise CalibrationError(f"{lacking[0]} was not measured", "the amax table", "delete the receipts and run again")
     return scheme.quantize_group(Weights(checkpoint, group, device), inputs)
 
 

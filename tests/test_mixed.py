@@ -15,6 +15,7 @@ from builder.errors import BuildError, Problems
 from builder.manifest import load_manifest
 from builder.perplexity import measure_perplexity, open_artifact
 from builder.render import describe_format, list_tags
+from builder.stages import calibrate, make_key
 from builder.stages.perplexity import read_layout
 from builder.stages.verify import describe_expected
 from builder.verify import CHECKS, verify_artifact
@@ -83,7 +84,11 @@ def test_the_config_names_the_linears_of_each_scheme_and_no_class(write_release:
 
 def test_a_mixed_release_is_sound_to_every_reader(write_release: WriteRelease, tmp_path: Path) -> None:
     mixed = build(write_release(scheme=MIXED), tmp_path / "mixed")
-    assert set(mixed.facts("calibrate")["amax"]) == set(mixed.facts("plan")["quantized"])
+    quantized = mixed.facts("plan")["quantized"]
+    read = {linear for linear in quantized if find_scheme(linear) == "nvfp4"}
+    assert set(mixed.facts("calibrate")["amax"]) == read, "inputs are measured where a scheme has scales of them"
+    assert 0 < len(read) < len(quantized)
+    assert sum(shard["inputs"]["good"] for shard in mixed.circumstances("calibrate")["health"]) == len(read)
     expected = describe_expected(mixed)
     report = verify_artifact(mixed.artifact, mixed.base_folder(), expected, sample=16, whole_model=True)
     assert report.findings == ()
@@ -91,6 +96,14 @@ def test_a_mixed_release_is_sound_to_every_reader(write_release: WriteRelease, t
     assert all(report.checks.values()), report.checks
     stream = open_artifact(mixed.artifact, read_layout(mixed))
     assert 1 < measure_perplexity(stream, [list(range(3, 40))]) < 1e6
+
+
+def test_another_pattern_is_another_measurement(write_release: WriteRelease, tmp_path: Path) -> None:
+    keys = []
+    for match in (DOWN, "re:.*o_proj"):
+        workspace = build(write_release(scheme=[{**MIXED[0], "match": match}, MIXED[-1]]), tmp_path / "mixed", "fetch")
+        keys.append(make_key(workspace, calibrate.STAGE))
+    assert keys[0] != keys[1], "other linears have inputs to measure"
 
 
 def test_a_linear_listed_under_another_scheme_is_found(write_release: WriteRelease, tmp_path: Path) -> None:
