@@ -32,8 +32,10 @@ PACKAGES = (
     "torch",
     "transformers",
 )
+CARD_FILES = ("README.md", "llama-swap.yaml", "serve.sh")
 SIGNATURE = "attestations/model.sig"
 ATTESTATIONS = (*(f"attestations/{name}.json" for name in ("lock", "provenance", "reproduction")), SIGNATURE)
+BESIDE = (*CARD_FILES, *ATTESTATIONS)  # what lies around the payload, and is no part of it
 
 
 # --- what a lock holds ------------------------------------------------------------------------------------------------

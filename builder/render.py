@@ -28,7 +28,6 @@ from builder.serving import environment, llama_swap_entry, llama_swap_yaml, serv
 TEMPLATES: Final = Path(__file__).parents[1] / "templates"
 NOT_MEASURED: Final = "not measured"
 STAGES: Final = ("plan", "fetch", "calibrate", "quantize", "assemble", "verify", "perplexity", "lock")
-CARD_FILES: Final = ("README.md", "llama-swap.yaml", "serve.sh")  # rendered around the payload, and no part of it
 MANY: Final = 6
 
 

@@ -18,9 +18,8 @@ from typing import Any
 
 from builder.digests import DIGESTER
 from builder.errors import BuildError, VerifyError, raise_all
-from builder.lock import SIGNATURE
+from builder.lock import CARD_FILES, SIGNATURE
 from builder.manifest import show_path
-from builder.render import CARD_FILES
 
 CURVES = ("secp256r1", "secp384r1", "secp521r1")  # those that the format knows
 BESIDE = (*CARD_FILES, "attestations", ".cache")  # the last is what `hf download` leaves

@@ -493,6 +493,8 @@ def test_tools_that_differ_are_told_with_what_they_may_change(locked: dict[str, 
     assert str(changes[1]) == "nvidia-modelopt is 0.47.0, and was 0.46.0: its arithmetic makes the weights"
     (python,) = [c for c in compare_versions(locked, {**found, "python": "3.12.0"}, "1") if c.tool == "python"]
     assert python.tier == 1
+    (torch,) = [c for c in compare_versions(locked, {**found, "torch": "2.14.0+cpu"}, "1") if c.tool == "torch"]
+    assert torch.tier == 1, "another version, not only another build of the same"
     assert compare_versions(locked, locked["versions"], "1") == []
 
 
