@@ -374,6 +374,20 @@ def test_a_published_repository_is_compared_without_fetching_weights(copy: Path,
     assert not {answer.name for answer in fake.answers} & {*weights, "README.md"}
 
 
+def test_nothing_large_is_fetched_for_its_digest(
+    copy: Path, fake: FakeHub, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = publish(fake, original)
+    notice = len(read_payload(original)["NOTICE"])
+    monkeypatch.setattr("builder.published.MAX_SMALL_BYTES", notice - 1)
+    with pytest.raises(BuildError) as caught:
+        compare(f"me/tiny@{revision}")
+    assert re.fullmatch(
+        r"the Hub keeps no sha256 of \S+\n  in --with\n  fix: compare with a folder instead", str(caught.value)
+    )
+    assert not [answer for answer in fake.answers if answer.name in read_payload(original)]
+
+
 @pytest.mark.parametrize("place", ["folder", "hub"])
 def test_a_published_file_that_is_not_the_locked_one_is_named(
     copy: Path, fake: FakeHub, original: Path, place: str
