@@ -436,6 +436,10 @@ def test_a_lock_that_was_edited_or_lost_a_part_is_refused(tmp_path: Path, locked
     with pytest.raises(BuildError) as caught:
         read_lock(path)
     assert caught.value.what == "tiny.lock.json was edited: its lock_sha256 is not its content's"
+    write_json(path, {key: value for key, value in locked.items() if key != "lock_sha256"})
+    with pytest.raises(BuildError) as caught:
+        read_lock(path)
+    assert caught.value.what == "tiny.lock.json was edited: its lock_sha256 is not its content's", "it had one"
     locked["payload"]["config.json"]["sha256"] = "0" * 64
     write_json(path, locked)
     with pytest.raises(BuildError) as caught:

@@ -15,6 +15,7 @@ from builder.errors import BuildError, Problems
 from builder.manifest import load_manifest
 from builder.perplexity import measure_perplexity, open_artifact
 from builder.render import describe_format, list_tags
+from builder.schemes import bind_specs
 from builder.stages import calibrate, make_key
 from builder.stages.perplexity import read_layout
 from builder.stages.verify import describe_expected
@@ -80,6 +81,13 @@ def test_the_config_names_the_linears_of_each_scheme_and_no_class(write_release:
     assert sorted(name for group in config["config_groups"].values() for name in group["targets"]) == sorted(quantized)
     assert config["format"] == "mixed-precision"
     assert config["ignore"] == ["lm_head", "model.layers.2.mlp.gate_proj", "model.layers.2.mlp.up_proj"]
+
+
+def test_schemes_that_share_a_format_are_no_mixed_precision(write_release: WriteRelease) -> None:
+    spec = load_manifest(write_release(scheme=[{"match": DOWN, "name": "nvfp4a16"}, {"name": "nvfp4"}])).release.scheme
+    config = bind_specs(spec).quantization_config(["lm_head"], linears=["a.down_proj", "a.up_proj"])
+    assert {group["format"] for group in config["config_groups"].values()} == {config["format"]}
+    assert config["format"] == "nvfp4-pack-quantized"
 
 
 def test_a_mixed_release_is_sound_to_every_reader(write_release: WriteRelease, tmp_path: Path) -> None:

@@ -88,7 +88,10 @@ def assert_rebuilt(folder: Path, original: Path) -> None:
 
 def test_a_release_comes_out_of_its_lock_alone_twice(copy: Path, original: Path) -> None:
     for _ in range(2):
-        result = reproduce(LOCK, BUILD)
+        told: list[str] = []
+        result = reproduce(LOCK, BUILD, tell=told.append)
+        stages = [line.split(":")[0].strip() for line in told]
+        assert stages == ["plan", "fetch", "calibrate", "quantize", "assemble"], "the second time as the first"
         assert (result["tier"], result["verdict"], result["different"]) == (1, "equal", [])
         assert_rebuilt(copy, original)
     assert result["text"] == f"all {len(read_payload(original))} files are the same, bit for bit"
@@ -314,6 +317,18 @@ def test_other_calibration_data_are_refused_where_they_are_used(copy: Path, orig
     assert re.match(r"calibration\.jsonl is not the locked one \(sha256 [0-9a-f]{12}, locked [0-9a-f]{12}\)\n", told)
     assert f"  in {LOCK}: inputs.calibration_sha256\n" in told
     assert not BUILD.exists()
+
+
+def test_other_token_ids_of_the_same_data_are_refused(copy: Path, original: Path) -> None:
+    """As another tokenizer would make them."""
+    shutil.copy(original / "releases" / "calibration.jsonl", copy / "releases")
+    found = json.loads(LOCK.read_text("utf-8"))["inputs"]["token_ids_sha256"]
+    edit_lock(lambda lock: lock["inputs"].update(token_ids_sha256="0" * 64))
+    assert fail_to_reproduce(recalibrate=True) == (
+        f"the calibration rows are not the locked ones (sha256 of the token ids {found[:12]}, locked {'0' * 64})\n"
+        f"  in {LOCK}: inputs.token_ids_sha256\n"
+        "  fix: see that calibration data and tokenizers are those of the lock"
+    )
 
 
 def test_a_release_without_a_lock_is_told_to_be_built_first(copy: Path) -> None:
