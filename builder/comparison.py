@@ -13,7 +13,7 @@ from builder.base import INDEX, Stored
 from builder.differences import compare_maps, compare_values
 from builder.errors import BuildError, nearest
 from builder.files import read_receipt
-from builder.lock import ATTESTATIONS, ENDING, name_release, read_lock, require_lock
+from builder.lock import ATTESTATIONS, BESIDE, ENDING, name_release, read_lock, require_lock
 from builder.published import HUB_PLACE, Place, find_place
 
 MAX_CONFIG_BYTES = 1 << 18
@@ -79,7 +79,7 @@ def load_place(name: str, place: Place, lock: Mapping[str, Any] | None, build: P
     names = [file for file in sizes if file.endswith(".json") and "/" not in file and file not in NO_CONFIGS]
     return Side(
         name,
-        sizes={file: num_bytes for file, num_bytes in sizes.items() if file not in ATTESTATIONS},
+        sizes={file: num_bytes for file, num_bytes in sizes.items() if file not in BESIDE},
         tensors=tensors,
         scales=read_scales(place.folder, tensors) if place.folder else None,
         configs=place.read_configs([file for file in names if sizes[file] <= MAX_CONFIG_BYTES]),

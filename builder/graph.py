@@ -25,17 +25,27 @@ from doit.reporter import ConsoleReporter
 from doit.task import Task
 from rich.console import Console
 
-from builder.comparison import compare_sides, load_side
+from builder.comparison import compare_sides, is_same, load_side
 from builder.errors import BuildError, ManifestError, nearest
 from builder.files import canonical_json, write_atomic
-from builder.lock import ENDING, compare_versions, list_versions, name_release, require_lock, write_constraints
+from builder.lock import (
+    ENDING,
+    SIGNATURE,
+    compare_versions,
+    list_versions,
+    name_release,
+    require_lock,
+    write_constraints,
+)
 from builder.manifest import Manifest, list_releases, load_manifest, show_path
 from builder.pins import pin_manifest
 from builder.published import find_place
+from builder.signing import PASSWORD
 from builder.stages import STAGES, Stage, Workspace, hold, is_current, run_stage
 from builder.stages.benchmark import benchmark
 from builder.stages.check_serving import check_serving, clean_check
 from builder.stages.reproduce import FOLDER, clean_reproduction, compare_with_place, reproduce
+from builder.stages.sign import check_signature, clean_signature, sign
 from builder.stages.stage import BUILDER, clean_stage
 from builder.terminal import print_diff, print_overview, print_plan, print_summary, show_bytes
 
@@ -52,7 +62,10 @@ ON_REQUEST = {
     "reproduce": "build again from the lock alone, and compare every file",
     "compare": "compare the lock with what was published: --with=FOLDER or --with=OWNER/NAME@COMMIT",
     "pin": "write what is open: commits of the Hub into the manifest; the versions of the lock, for pip",
+    "sign": "sign a finished release: --key=PRIVATE, or SIGNING_KEY in the environment",
+    "check-signature": "check every file against the signature: --public-key=PUBLIC, and --with=FOLDER if elsewhere",
 }
+CLEANED = {"reproduce": clean_reproduction, "sign": clean_signature}  # what requests leave, and may be taken away
 CHECK = "check-serving"
 CHECK_DOC = "load and serve the built artifact with a real vLLM, and judge what it reads and answers"
 DIFF = "diff"
@@ -71,6 +84,21 @@ WITH = {
     "help": "what was published: a folder, or owner/name@commit",
 }
 BASE = {"name": "base", "long": "base", "type": str, "default": "", "help": "where the base model is on this machine"}
+KEY = {
+    "name": "key",
+    "long": "key",
+    "type": str,
+    "default": "",
+    "env_var": "SIGNING_KEY",
+    "help": f"a private key, PEM; if it is encrypted, its password is taken from {PASSWORD}",
+}
+PUBLIC_KEY = {
+    "name": "public_key",
+    "long": "public-key",
+    "type": str,
+    "default": "",
+    "help": "the publisher's public key, PEM",
+}
 URL = {"name": "url", "long": "url", "type": str, "default": "", "help": "the server; the serve profile's if absent"}
 SIZE = {"name": "size", "long": "size", "type": str, "default": "1024/128", "help": "prompt/output tokens of a request"}
 PROMPTS = {"name": "prompts", "long": "prompts", "type": int, "default": 50, "help": "number of requests"}
@@ -78,8 +106,8 @@ ALONE = {"name": "single", "long": "single", "type": bool, "default": False, "he
 OF_BASE = {"name": "of_base", "long": "of-base", "type": bool, "default": False, "help": "the base is what is served"}
 JSON = {"name": "as_json", "long": "json", "type": bool, "default": False, "help": "as JSON"}
 MEASURING = (URL, SIZE, PROMPTS, ALONE, OF_BASE)
-OPTIONS = tuple(f"--{option['long']}" for option in (RECALIBRATE, WITH, BASE, JSON, *MEASURING))
-VALUED = tuple(f"--{option['long']}" for option in (WITH, BASE, URL, SIZE, PROMPTS))
+OPTIONS = tuple(f"--{option['long']}" for option in (RECALIBRATE, WITH, BASE, KEY, PUBLIC_KEY, JSON, *MEASURING))
+VALUED = tuple(f"--{option['long']}" for option in (WITH, BASE, KEY, PUBLIC_KEY, URL, SIZE, PROMPTS))
 BENCHMARK = "benchmark"
 FORGETFUL = ("forget", "ignore", "reset-dep")  # doit's commands that would change its database
 
@@ -300,14 +328,16 @@ def make_tasks(name: str, manifest: Manifest | BuildError, asked: set[str]) -> l
     return [summary, *tasks]
 
 
-class Reproduction(Task):  # type: ignore[misc]
-    """A release built again from its lock."""
+class Request(Task):  # type: ignore[misc]
+    """Something that is done with a lock or a finished release, and is no step of a build."""
 
     def clean(self, outstream: Any, dryrun: bool) -> None:
-        """Take away what was built, and the record of it; or say what that would be."""
-        name = self.name.partition(":")[2]
+        """Take away what it left, and the record of it; or say what that would be."""
+        verb, _, name = self.name.partition(":")
+        if verb not in CLEANED:
+            return
         try:
-            removed, freed = clean_reproduction(BUILD, name, dry_run=dryrun)
+            removed, freed = CLEANED[verb](BUILD, name, dry_run=dryrun)
         except BuildError as error:
             raise InvalidCommand(str(error)) from error
         if removed:
@@ -366,11 +396,13 @@ def make_requests(names: Sequence[str], manifests: Mapping[str, Manifest | Build
     tasks, every = [], {verb: list(names) for verb in ON_REQUEST} | {"pin": sorted({*names, *manifests})}
     for name in names:
         path = RELEASES / f"{name}{ENDING}"
-        for verb, kind, act, params in (
-            ("reproduce", Reproduction, make_reproduction(path), [RECALIBRATE, WITH, BASE]),
-            ("compare", Task, make_comparison(path), [WITH]),
+        for verb, act, params in (
+            ("reproduce", make_reproduction(path), [RECALIBRATE, WITH, BASE]),
+            ("compare", make_comparison(path), [WITH]),
+            ("sign", make_signing(path), [KEY]),
+            ("check-signature", make_check_of_signature(path), [PUBLIC_KEY, WITH]),
         ):
-            tasks.append(kind(f"{verb}:{name}", [act], params=params, subtask_of=verb, doc=ON_REQUEST[verb]))
+            tasks.append(Request(f"{verb}:{name}", [act], params=params, subtask_of=verb, doc=ON_REQUEST[verb]))
     for name in every["pin"]:
         act_of_pin = make_pin(RELEASES / f"{name}{ENDING}", manifests.get(name))
         tasks.append(Task(f"pin:{name}", [act_of_pin], subtask_of="pin", doc=ON_REQUEST["pin"]))
@@ -489,8 +521,48 @@ def print_versions(path: Path) -> None:
     print("\n".join(f"  {change}" for change in changes) or "  the environment that runs now is the lock's")
 
 
+def make_signing(path: Path) -> Callable[..., TaskFailed | None]:
+    name = name_release(path)
+
+    def act(key: str) -> TaskFailed | None:
+        try:
+            private = require_option(key, "--key=PRIVATE, or SIGNING_KEY in the environment")
+            signed = sign(path.with_name(f"{name}.yaml"), BUILD, private, os.environ.get(PASSWORD))
+        except BuildError as error:
+            return fail(error)
+        except OSError as error:
+            return fail(explain_system(error, f"sign:{name}"))
+        print(f"  payload sha256 {signed['payload_sha256']}, signed: {BUILD / name / 'artifact' / SIGNATURE}")
+        print(f"  the public key has sha256 {signed['key_sha256']}")
+        return None
+
+    return act
+
+
+def make_check_of_signature(path: Path) -> Callable[..., TaskFailed | None]:
+    def act(public_key: str, place: str) -> TaskFailed | None:
+        try:
+            key = require_option(public_key, "--public-key=PUBLIC")
+            elsewhere = find_place(place, "the command line: --with") if place else None
+            folder, sha256 = check_signature(path, BUILD, key, elsewhere)
+        except BuildError as error:
+            return fail(error)
+        except OSError as error:
+            return fail(explain_system(error, f"check-signature:{name_release(path)}"))
+        print(f"  {folder}: every file of the payload is signed, by the key of sha256 {sha256}")
+        return None
+
+    return act
+
+
+def require_option(value: str, option: str) -> Path:
+    if not value:
+        raise BuildError("there is no key", "the command line", f"name it: {option}")
+    return Path(value)
+
+
 def print_differences(as_json: bool, sides: Sequence[str]) -> TaskFailed | None:
-    """The task `diff`."""
+    """The task `diff`, which fails when something differs, as diff(1) does: exit code 1, and nothing on stderr."""
     names = [side for side in sides or () if side != "--json"]
     try:
         if len(names) != 2:
@@ -503,7 +575,7 @@ def print_differences(as_json: bool, sides: Sequence[str]) -> TaskFailed | None:
         print(canonical_json(found), end="")
     else:
         print_diff(found, Console())
-    return None
+    return None if is_same(found) else TaskFailed("they differ")
 
 
 def make_check(workspace: Workspace, stage: Stage) -> Callable[[], bool]:

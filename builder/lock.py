@@ -32,7 +32,13 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-ATTESTATIONS = tuple(f"attestations/{name}.json" for name in ("lock", "provenance", "reproduction", "serving"))
+HUB_RESULTS = ".eval_results/results.yaml"
+SERVE_FILES = ("compose.yaml", "llama-swap.yaml", "serve.sh", "vllm.service")
+CARD_FILES = ("README.md", *SERVE_FILES, HUB_RESULTS)
+SIGNATURE = "attestations/model.sig"
+RECORDS = tuple(f"attestations/{name}.json" for name in ("lock", "provenance", "reproduction", "serving"))
+ATTESTATIONS = (*RECORDS, SIGNATURE)
+BESIDE = (*CARD_FILES, *ATTESTATIONS)  # what lies around the payload, and is no part of it
 
 
 # --- what a lock holds ------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import yaml
 from builder.benchmarks import Benchmarks, Cell, Speed, describe_size, load_benchmarks
 from builder.evaluation import Accuracy, Results, Score, load_evaluations
 from builder.licenses import Obligations, state_changes
+from builder.lock import HUB_RESULTS, SERVE_FILES, SIGNATURE
 from builder.manifest import Compatibility, Manifest, Release, Scheme, Serve
 from builder.services import compose_yaml, quote_systemd
 from builder.serving import check_serve, environment, llama_swap_entry, llama_swap_yaml, serve_command
@@ -32,9 +33,6 @@ from builder.serving import check_serve, environment, llama_swap_entry, llama_sw
 TEMPLATES: Final = Path(__file__).parents[1] / "templates"
 NOT_MEASURED: Final = "not measured"
 STAGES: Final = ("plan", "fetch", "calibrate", "quantize", "assemble", "verify", "perplexity", "lock")
-HUB_RESULTS: Final = ".eval_results/results.yaml"
-SERVE_FILES: Final = ("compose.yaml", "llama-swap.yaml", "serve.sh", "vllm.service")
-CARD_FILES: Final = ("README.md", *SERVE_FILES, HUB_RESULTS)  # rendered around the payload, and no part of it
 MANY: Final = 6
 
 
@@ -95,12 +93,14 @@ def render_card(
     obligations: Obligations,
     reproductions: Sequence[Mapping[str, Any]] = (),
     engines: Sequence[Mapping[str, Any]] = (),
+    signature: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """The files around the payload, by name: README.md; if there is a serve profile, what starts the server; and
     `.eval_results/` if the Hub is told scores.
 
     receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else.
     reproductions: what rebuilds from the lock came to. engines: what those that were to serve it made of it.
+    signature: `key_sha256` of the key that signed the payload.
     Raises BuildError or Problems for a serve profile that would not arrive as it is written, and for result files that
     cannot be read or may not be compared.
     """
@@ -137,6 +137,8 @@ def render_card(
         **describe_results(release, accuracy, speed),
         **describe_snippets(release),
         "size": records["plan"].circumstances.serving,
+        "signature": Measured(signature),
+        "check_signature": spell_check(release.repo),
     }
     files = {HUB_RESULTS: yaml.safe_dump(list(accuracy.hub), sort_keys=False)} if accuracy.hub else {}
     if release.serve:
@@ -410,6 +412,18 @@ def describe_serving(manifest: Manifest, serve: Serve, num_bytes: int | None) ->
 def spell_command(variables: Sequence[tuple[str, str]], words: Sequence[str]) -> str:
     """A command to paste into a shell, with its variables before it."""
     return "".join(f"{name}={shlex.quote(value)} \\\n" for name, value in variables) + break_command(words)
+
+
+def spell_check(repo: str) -> str:
+    """Commands that fetch a release and check its signature without this builder."""
+    folder = repo.rpartition("/")[2]
+    return "\n".join(
+        (
+            "pip install model-signing pyopenssl",
+            f"hf download {repo} --local-dir {folder}",
+            f"model_signing verify key {folder} --signature {folder}/{SIGNATURE} --public_key publisher.pub",
+        )
+    )
 
 
 def break_command(words: Sequence[str], quote: Callable[[str], str] = shlex.quote) -> str:

@@ -26,7 +26,7 @@ from builder.manifest import Scheme as SchemeSpec
 from builder.parts import Parts, view_bytes
 from builder.plan import PlannedFile, Unit
 from builder.progress import Progress
-from builder.schemes import Amax, Scheme, bind_specs
+from builder.schemes import Amax, Scheme, bind_specs, list_measured
 from builder.schemes.cache import make_scales, name_scales, observe_cache
 
 if TYPE_CHECKING:
@@ -190,14 +190,14 @@ class SavedStates:
         )
         path = self.folder / f"{self.name}.before-layer-{layer}.states.safetensors"
         header = PlannedFile(name=path.name, units=(), tensors=tensors, in_place=False).header
-        digest = hashlib.sha256(header)
+        sha256 = hashlib.sha256(header)
         with open_atomic(path) as file:
             file.write(header)
             while states:
                 content = view_bytes(states.popleft())
                 file.write(content)
-                digest.update(content)
-        write_receipt(self.note, {"key": self.key, "layer": layer, "sha256": digest.hexdigest(), "amax": amax})
+                sha256.update(content)
+        write_receipt(self.note, {"key": self.key, "layer": layer, "sha256": sha256.hexdigest(), "amax": amax})
         for older in self.find_states():
             if older != path:
                 older.unlink()
@@ -323,9 +323,9 @@ def quantize_group(
 ) -> dict[str, Any]:
     """What takes the place of the weights of linears that read the same input."""
     inputs = {linear: amax[linear]["input"] for linear in group if "input" in amax.get(linear, {})}
-    if scheme.measures_inputs and len(inputs) < len(group):
-        lacking = next(linear for linear in group if linear not in inputs)
-        raise CalibrationError(f"{lacking} was not measured", "the amax table", "delete the receipts and run again")
+    lacking = [linear for linear in list_measured(scheme, group) if linear not in inputs]
+    if lacking:
+        raise CalibrationError(f"{lacking[0]} was not measured", "the amax table", "delete the receipts and run again")
     return scheme.quantize_group(Weights(checkpoint, group, device), inputs)
 
 

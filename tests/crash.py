@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,8 +257,8 @@ def identify(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def list_session(session: int) -> Iterator[int]:
-    """The processes of a session, its first one before the others."""
+def list_session(session: int) -> list[int]:
+    """The processes of a session that have not ended, its first one before the others."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -267,7 +267,7 @@ def list_session(session: int) -> Iterator[int]:
             continue
         if int(fields[3]) == session and fields[0] not in "ZX":
             found.append(int(stat.parent.name))
-    yield from sorted(found, key=lambda process: process != session)
+    return sorted(found, key=lambda process: process != session)
 
 
 def prepare(project: Path) -> None:

@@ -55,11 +55,18 @@ IN_ORDER = (
     "published",
     "comparison",
     "render",
+    "signing",
     "stages",
     "terminal",
     "graph",
 )
-ALONE = {"modelopt": "schemes", "ray": "executors", "doit": "graph", "vllm": "inside_vllm"}
+ALONE = {
+    "modelopt": "schemes",
+    "ray": "executors",
+    "doit": "graph",
+    "model_signing": "signing",
+    "vllm": "inside_vllm",
+}
 LIGHT = (
     "errors",
     "files",
@@ -89,10 +96,21 @@ LIGHT = (
     "published",
     "comparison",
     "render",
+    "signing",
     "stages",
     "graph",
 )
-HEAVY = {"torch", "transformers", "modelopt", "ray", "numba", "compressed_tensors", "pyarrow", "huggingface_hub"}
+HEAVY = {
+    "compressed_tensors",
+    "huggingface_hub",
+    "model_signing",
+    "modelopt",
+    "numba",
+    "pyarrow",
+    "ray",
+    "torch",
+    "transformers",
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -140,7 +158,7 @@ def test_imports_point_to_rows_above(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_modelopt_ray_doit_and_vllm_are_imported_in_one_place_each(path: Path) -> None:
+def test_large_libraries_are_imported_in_one_place_each(path: Path) -> None:
     for name in imports(ast.parse(path.read_text("utf-8"))):
         library = name.split(".")[0]
         assert ALONE.get(library) in (None, module_of(path)), f"{library} is imported outside {ALONE[library]}"

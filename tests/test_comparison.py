@@ -14,6 +14,7 @@ from rich.console import Console
 
 from builder.comparison import compare_sides, fold_layers, is_same, load_side
 from builder.errors import BuildError
+from builder.files import digest, write_json
 from builder.terminal import print_diff
 
 pytestmark = pytest.mark.xdist_group("modelopt")
@@ -105,6 +106,23 @@ def test_two_locks_are_compared_alone_and_what_could_not_be_is_said(here: Path, 
     assert found["not_compared"] == [f"{part}: there are none of {lock}" for part in ("tensors", "scales", "configs")]
     assert found["lock"]["what"]["changed"]["calibration.samples"] == [2, 3]
     assert f"not compared: tensors: there are none of {lock}\n" in show(found)
+
+
+def test_what_lies_around_a_payload_is_no_difference(here: Path, tmp_path: Path) -> None:
+    assert (here / "build/one/artifact/README.md").is_file() and (here / "build/one/artifact/attestations").is_dir()
+    found = compare("one", "releases/one.lock.json")
+    assert is_same(found), "a lock names the payload alone"
+    assert "sizes" in found and "lock" in found
+
+
+def test_locks_of_the_same_files_made_with_other_tools_differ(here: Path, tmp_path: Path) -> None:
+    lock = json.loads(Path("releases/one.lock.json").read_text())
+    lock["versions"]["torch"] += "1"
+    lock.pop("lock_sha256")
+    write_json(tmp_path / "other.lock.json", {**lock, "lock_sha256": digest(lock)})
+    found = compare("releases/one.lock.json", str(tmp_path / "other.lock.json"))
+    assert list(found["lock"]) == ["versions"]
+    assert not is_same(found)
 
 
 def test_a_repository_is_compared_by_its_headers_and_configs(

@@ -16,8 +16,9 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from builder.errors import BuildError, Problems
 from builder.evaluation import Results, Score, compare, load_evaluations, read_lm_eval, read_recorded_accuracy
 from builder.licenses import Obligations, collect_obligations
+from builder.lock import CARD_FILES
 from builder.manifest import Manifest, load_manifest
-from builder.render import CARD_FILES, render_card
+from builder.render import render_card
 from builder.stages import STAGES, is_current
 from builder.stages.verify import describe_expected
 from builder.verify import Reading, check_files

@@ -620,12 +620,18 @@ def test_a_release_is_reproduced_compared_pinned_and_diffed_from_the_command_lin
     assert "the environment that runs now is the lock's" in told.out
     assert "torch==" in (project / "build" / "_reproduced" / "tiny" / "constraints.txt").read_text()
 
+    told = doit("diff", "tiny", "tiny")
+    assert (told.code, told.err) == (0, "")
     (artifact / "NOTICE").write_text("other")
     told = doit("compare:tiny", "--with=build/tiny/artifact")
     assert told.code == 1
     assert told.err.startswith("NOTICE has 5 bytes, and the locked one ")
-    assert doit("diff", "tiny", "build/_reproduced/tiny/artifact").out.startswith("tiny -> build/_reproduced")
-    found = json.loads(doit("diff", "tiny", "build/_reproduced/tiny/artifact", "--json").out)
+    told = doit("diff", "tiny", "build/_reproduced/tiny/artifact")
+    assert told.out.startswith("tiny -> build/_reproduced")
+    assert (told.code, told.err) == (1, ""), "as diff(1) has it"
+    told = doit("diff", "tiny", "build/_reproduced/tiny/artifact", "--json")
+    assert (told.code, told.err) == (1, "")
+    found = json.loads(told.out)
     assert found["sizes"]["changed"].keys() == {"NOTICE"}
     assert json.loads(doit("diff", "--json", "tiny", "build/_reproduced/tiny/artifact").out) == found
 
@@ -671,8 +677,8 @@ def test_mistakes_in_what_is_requested_are_told(doit: Run, project: Path, write_
     assert told.err == (
         "ERROR: no task takes --recalibate\n"
         "  in the command line\n"
-        "  fix: did you mean --recalibrate? "
-        "Valid: --base, --json, --of-base, --prompts, --recalibrate, --single, --size, --url, --with\n"
+        "  fix: did you mean --recalibrate? Valid: --base, --json, --key, --of-base, --prompts, --public-key, "
+        "--recalibrate, --single, --size, --url, --with\n"
     )
     assert "fix: write --recalibrate alone" in doit("reproduce:tiny", "--recalibrate=yes").err
     assert doit("benchmark:tiny", "--url", "http://127.0.0.1:1").err == (

@@ -20,6 +20,7 @@ import pytest
 import test_graph
 import torch
 from conftest import build
+from crash import list_session
 from test_graph import QUICK, ROOT, STEPS, Run, digest_payload, flip_byte, is_done
 
 from builder.errors import BuildError
@@ -53,19 +54,6 @@ def start(project: Path, *command: str, **options: Any) -> subprocess.Popen[str]
         start_new_session=True,
         **options,
     )
-
-
-def list_session(session: int) -> list[int]:
-    """The processes of a session that have not ended."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
-            continue
-        if int(fields[3]) == session and fields[0] not in "ZX":
-            found.append(int(stat.parent.name))
-    return found
 
 
 @pytest.mark.parametrize(

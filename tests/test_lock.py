@@ -441,6 +441,10 @@ def test_a_lock_that_was_edited_or_lost_a_part_is_refused(tmp_path: Path, locked
     with pytest.raises(BuildError) as caught:
         read_lock(path)
     assert caught.value.what == "tiny.lock.json was edited: its lock_sha256 is not its content's"
+    write_json(path, {key: value for key, value in locked.items() if key != "lock_sha256"})
+    with pytest.raises(BuildError) as caught:
+        read_lock(path)
+    assert caught.value.what == "tiny.lock.json was edited: its lock_sha256 is not its content's", "it had one"
     locked["payload"]["config.json"]["sha256"] = "0" * 64
     write_json(path, locked)
     with pytest.raises(BuildError) as caught:
@@ -498,6 +502,8 @@ def test_tools_that_differ_are_told_with_what_they_may_change(locked: dict[str, 
     assert str(changes[1]) == "nvidia-modelopt is 0.47.0, and was 0.46.0: its arithmetic makes the weights"
     (python,) = [c for c in compare_versions(locked, {**found, "python": "3.12.0"}, "1") if c.tool == "python"]
     assert python.tier == 1
+    (torch,) = [c for c in compare_versions(locked, {**found, "torch": "2.14.0+cpu"}, "1") if c.tool == "torch"]
+    assert torch.tier == 1, "another version, not only another build of the same"
     assert compare_versions(locked, locked["versions"], "1") == []
 
 

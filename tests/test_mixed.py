@@ -15,6 +15,8 @@ from builder.errors import BuildError, Problems
 from builder.manifest import load_manifest
 from builder.perplexity import measure_perplexity, open_artifact
 from builder.render import describe_format, list_tags
+from builder.schemes import bind_specs
+from builder.stages import calibrate, make_key
 from builder.stages.perplexity import read_layout
 from builder.stages.verify import describe_expected
 from builder.verify import CHECKS, verify_artifact
@@ -81,9 +83,20 @@ def test_the_config_names_the_linears_of_each_scheme_and_no_class(write_release:
     assert config["ignore"] == ["lm_head", "model.layers.2.mlp.gate_proj", "model.layers.2.mlp.up_proj"]
 
 
+def test_schemes_that_share_a_format_are_no_mixed_precision(write_release: WriteRelease) -> None:
+    spec = load_manifest(write_release(scheme=[{"match": DOWN, "name": "nvfp4a16"}, {"name": "nvfp4"}])).release.scheme
+    config = bind_specs(spec).quantization_config(["lm_head"], linears=["a.down_proj", "a.up_proj"])
+    assert {group["format"] for group in config["config_groups"].values()} == {config["format"]}
+    assert config["format"] == "nvfp4-pack-quantized"
+
+
 def test_a_mixed_release_is_sound_to_every_reader(write_release: WriteRelease, tmp_path: Path) -> None:
     mixed = build(write_release(scheme=MIXED), tmp_path / "mixed")
-    assert set(mixed.facts("calibrate")["amax"]) == set(mixed.facts("plan")["quantized"])
+    quantized = mixed.facts("plan")["quantized"]
+    read = {linear for linear in quantized if find_scheme(linear) == "nvfp4"}
+    assert set(mixed.facts("calibrate")["amax"]) == read, "inputs are measured where a scheme has scales of them"
+    assert 0 < len(read) < len(quantized)
+    assert sum(shard["inputs"]["good"] for shard in mixed.circumstances("calibrate")["health"]) == len(read)
     expected = describe_expected(mixed)
     report = verify_artifact(mixed.artifact, mixed.base_folder(), expected, sample=16, whole_model=True)
     assert report.findings == ()
@@ -99,10 +112,19 @@ def test_a_mixed_release_has_scales_of_its_kv_cache_where_its_schemes_go_with_it
     schemes = [MIXED[0], {"name": "nvfp4"}]
     mixed = build(write_release(scheme=schemes, kv_cache="fp8"), tmp_path / "mixed")
     attentions = {f"model.layers.{layer}.self_attn" for layer in range(4)}
-    assert set(mixed.facts("calibrate")["amax"]) == {*mixed.facts("plan")["quantized"], *attentions}
+    scaled = {name for name in mixed.facts("plan")["quantized"] if not name.endswith("down_proj")}
+    assert set(mixed.facts("calibrate")["amax"]) == scaled | attentions
     expected = describe_expected(mixed)
     report = verify_artifact(mixed.artifact, mixed.base_folder(), expected, sample=0, whole_model=False)
     assert report.findings == () and report.checks["kv cache"] == 8
+
+
+def test_another_pattern_is_another_measurement(write_release: WriteRelease, tmp_path: Path) -> None:
+    keys = []
+    for match in (DOWN, "re:.*o_proj"):
+        workspace = build(write_release(scheme=[{**MIXED[0], "match": match}, MIXED[-1]]), tmp_path / "mixed", "fetch")
+        keys.append(make_key(workspace, calibrate.STAGE))
+    assert keys[0] != keys[1], "other linears have inputs to measure"
 
 
 def test_a_linear_listed_under_another_scheme_is_found(write_release: WriteRelease, tmp_path: Path) -> None:

@@ -35,12 +35,15 @@ def test_every_file_of_the_payload_is_a_subject(lock: dict[str, Any]) -> None:
 def test_inputs_and_tools_are_dependencies_with_their_digests(lock: dict[str, Any]) -> None:
     lock = copy.deepcopy(lock)
     lock["what"]["base"] |= {"model": "acme/tiny", "revision": "a" * 40}
+    lock["inputs"]["license_files"] = {"psf-2.0": "c" * 64, "mit": None}
     definition = make_statement(lock)["predicate"]["buildDefinition"]
     found = {one["name"]: one for one in definition["resolvedDependencies"]}
     for name, file in lock["inputs"]["base"].items():
         assert found[f"base/{name}"]["digest"] == {"sha256": file["sha256"]}
         assert found[f"base/{name}"]["uri"] == f"pkg:huggingface/acme/tiny@{'a' * 40}#{name}"
     assert found["calibration"]["digest"] == {"sha256": lock["inputs"]["calibration_sha256"]}
+    assert found["license/psf-2.0"]["digest"] == {"sha256": "c" * 64}
+    assert "license/mit" not in found, "a text that was not there"
     assert found["token ids"]["digest"] == {"sha256": lock["inputs"]["token_ids_sha256"]}
     assert found["nvidia-modelopt"]["uri"] == f"pkg:pypi/nvidia-modelopt@{lock['versions']['nvidia-modelopt']}"
     assert found["torch"]["uri"] == "pkg:pypi/torch@2.13.0%2Bcpu"

@@ -21,12 +21,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from builder.licenses import Obligations, collect_obligations
+from builder.lock import CARD_FILES, HUB_RESULTS
 from builder.manifest import Manifest, load_manifest
 from builder.render import (
-    CARD_FILES,
     FILTERS,
     FORMATS,
-    HUB_RESULTS,
     NOT_MEASURED,
     STAGES,
     TEMPLATES,

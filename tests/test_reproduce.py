@@ -88,7 +88,10 @@ def assert_rebuilt(folder: Path, original: Path) -> None:
 
 def test_a_release_comes_out_of_its_lock_alone_twice(copy: Path, original: Path) -> None:
     for _ in range(2):
-        result = reproduce(LOCK, BUILD)
+        told: list[str] = []
+        result = reproduce(LOCK, BUILD, tell=told.append)
+        stages = [line.split(":")[0].strip() for line in told]
+        assert stages == ["plan", "fetch", "calibrate", "quantize", "assemble"], "the second time as the first"
         assert (result["tier"], result["verdict"], result["different"]) == (1, "equal", [])
         assert_rebuilt(copy, original)
     assert result["text"] == f"all {len(read_payload(original))} files are the same, bit for bit"
@@ -337,6 +340,18 @@ def test_other_calibration_data_are_refused_where_they_are_used(copy: Path, orig
     assert not BUILD.exists()
 
 
+def test_other_token_ids_of_the_same_data_are_refused(copy: Path, original: Path) -> None:
+    """As another tokenizer would make them."""
+    shutil.copy(original / "releases" / "calibration.jsonl", copy / "releases")
+    found = json.loads(LOCK.read_text("utf-8"))["inputs"]["token_ids_sha256"]
+    edit_lock(lambda lock: lock["inputs"].update(token_ids_sha256="0" * 64))
+    assert fail_to_reproduce(recalibrate=True) == (
+        f"the calibration rows are not the locked ones (sha256 of the token ids {found[:12]}, locked {'0' * 64})\n"
+        f"  in {LOCK}: inputs.token_ids_sha256\n"
+        "  fix: see that calibration data and tokenizers are those of the lock"
+    )
+
+
 def test_a_release_without_a_lock_is_told_to_be_built_first(copy: Path) -> None:
     LOCK.unlink()
     assert fail_to_reproduce() == (
@@ -393,6 +408,20 @@ def test_a_published_repository_is_compared_without_fetching_weights(copy: Path,
     assert verdict.fetched == sum(len(content) for name, content in payload.items() if name not in weights)
     assert verdict.extra == (".gitattributes", "README.md")
     assert not {answer.name for answer in fake.answers} & {*weights, "README.md"}
+
+
+def test_nothing_large_is_fetched_for_its_digest(
+    copy: Path, fake: FakeHub, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = publish(fake, original)
+    notice = len(read_payload(original)["NOTICE"])
+    monkeypatch.setattr("builder.published.MAX_SMALL_BYTES", notice - 1)
+    with pytest.raises(BuildError) as caught:
+        compare(f"me/tiny@{revision}")
+    assert re.fullmatch(
+        r"the Hub keeps no sha256 of \S+\n  in --with\n  fix: compare with a folder instead", str(caught.value)
+    )
+    assert not [answer for answer in fake.answers if answer.name in read_payload(original)]
 
 
 @pytest.mark.parametrize("place", ["folder", "hub"])

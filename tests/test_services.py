@@ -17,8 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builder.errors import ManifestError
+from builder.lock import CARD_FILES, SERVE_FILES
 from builder.manifest import Manifest, load_manifest
-from builder.render import CARD_FILES, SERVE_FILES, describe_serving, render
+from builder.render import describe_serving, render
 from builder.serving import environment, serve_command
 
 ODD = [

@@ -116,6 +116,13 @@ def divide_linears(scheme: Scheme, linears: Sequence[str]) -> list[list[str]]:
     return scheme.divide(linears) if isinstance(scheme, Mixed) else [list(linears)]
 
 
+def list_measured(scheme: Scheme, linears: Sequence[str]) -> list[str]:
+    """The linears whose inputs calibration has to measure."""
+    if isinstance(scheme, Mixed):
+        return [linear for linear in linears if scheme.parts[scheme.find_part(linear)][1].measures_inputs]
+    return list(linears) if scheme.measures_inputs else []
+
+
 def bind_scheme(source: manifest.Manifest) -> Scheme:
     """The scheme a manifest names, or the schemes together.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from builder import lock
 from builder.errors import CalibrationError
 from builder.files import digest
 from builder.plan import Plan
-from builder.schemes import bind_scheme
+from builder.schemes import bind_scheme, list_measured
 from builder.schemes.cache import KINDS
 from builder.stages.jobs import common_job, describe_jobs, run_jobs
 from builder.stages.plan import make_plan, require_disk
@@ -32,7 +32,7 @@ def read(workspace: Workspace) -> Any:
         "calibration": spec and spec.model_dump(mode="json"),
         "data": spec and spec.path and workspace.digest_file(spec.path),
         "base": workspace.facts("fetch")["files"],
-        "ignore": [spec.ignore for spec in release.scheme],
+        "schemes": [[spec.match, spec.name, spec.ignore] for spec in release.scheme],
         "device": release.device,
         "versions": {tool: versions[tool] for tool in TOOLS},
     }
@@ -54,7 +54,7 @@ def run(workspace: Workspace) -> Outcome:
     rows = choose_rows(workspace.manifest, folder)
     reads = read(workspace)
     num_blocks = min(len(plan.shards), len(rows.tokens))
-    measured = set(plan.quantized) if plan.measures_inputs else set[str]()
+    measured = set(list_measured(scheme, plan.quantized))
     shared = common_job(workspace, folder) | {
         "folder": str(workspace.calibration),
         "save_every_s": SAVE_STATES_EVERY_S,
@@ -69,7 +69,7 @@ def run(workspace: Workspace) -> Outcome:
         jobs.append(shared | job | {"weight": sum(map(len, own.tokens)), "memory_bytes": plan.calibrate_memory})
     records = run_jobs(workspace, "builder.worker:measure_rows", jobs)
     amax = merge_amax([read_amax(record["amax"]) for record in records])
-    health = check_health(plan, amax)
+    health = check_health(plan, amax, measured)
     lengths = [len(row) for row in rows.tokens]
     facts = {
         "rows": {
@@ -85,18 +85,19 @@ def run(workspace: Workspace) -> Outcome:
     return Outcome(facts, {"health": health, **describe_jobs(workspace, records)})
 
 
-def check_health(plan: Plan, amax: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def check_health(plan: Plan, amax: Mapping[str, Mapping[str, float]], linears: Collection[str]) -> list[dict[str, Any]]:
     """Count good, zero, nan and missing statistics of each shard: of linears and of KV caches, where they are measured.
 
+    linears: those that have to have some.
     Raises CalibrationError naming the first module whose statistic is not good.
     """
     health: list[dict[str, Any]] = []
     for shard in plan.shards:
         units = [plan.find_unit(name) for name in shard.units]
         measured: dict[str, list[str]] = {}
-        if plan.measures_inputs:
-            linears = [linear for unit in units for group in unit.groups for linear in group]
-            measured |= {"weight": linears, "input": linears}
+        if linears:
+            own = [linear for unit in units for group in unit.groups for linear in group if linear in linears]
+            measured |= {"weight": own, "input": own}
         if plan.measures_cache:
             attentions = [unit.attention for unit in units if unit.attention]
             measured |= dict.fromkeys(KINDS, attentions)

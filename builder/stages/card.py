@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from builder.files import canonical_json, sha256_file, write_atomic
-from builder.lock import ATTESTATIONS
+from builder.lock import BESIDE, RECORDS, SIGNATURE
 from builder.provenance import make_statement
 from builder.stages.assemble import gather_obligations
 from builder.stages.check_serving import list_results
@@ -25,6 +25,7 @@ def read(workspace: Workspace) -> Any:
         "reproductions": list_reproductions(workspace),
         "engines": list_results(workspace),
         "results": {name: workspace.digest_file(name) for name in sorted(list_result_files(workspace))},
+        "signature": find_signature(workspace),
         "templates": {path.name: sha256_file(path) for path in sorted(TEMPLATES.iterdir()) if path.is_file()},
     }
 
@@ -44,8 +45,15 @@ def list_reproductions(workspace: Workspace) -> list[dict[str, Any]]:
     return [result for result in results if result["payload_sha256"] == payload]
 
 
+def find_signature(workspace: Workspace) -> dict[str, Any] | None:
+    """The signature of this very payload. One of another payload stays in its receipt and goes nowhere."""
+    receipt = workspace.receipt("sign")
+    payload = workspace.facts("assemble")["payload_sha256"]
+    return receipt["facts"] if receipt and receipt["facts"]["payload_sha256"] == payload else None
+
+
 def attest(workspace: Workspace) -> dict[str, str]:
-    """The files about the payload that are no part of it: its lock, its provenance, what others made of it."""
+    """The files about the payload that are no part of it: lock, provenance, what others made of it, signature."""
     lock, reproductions, engines = gather_lock(workspace), list_reproductions(workspace), list_results(workspace)
     contents = (
         lock,
@@ -53,25 +61,30 @@ def attest(workspace: Workspace) -> dict[str, str]:
         {"reproductions": reproductions} if reproductions else None,
         {"engines": engines} if engines else None,
     )
-    return {name: canonical_json(content) for name, content in zip(ATTESTATIONS, contents, strict=True) if content}
+    files = {name: canonical_json(content) for name, content in zip(RECORDS, contents, strict=True) if content}
+    signature = find_signature(workspace)
+    return files | ({SIGNATURE: signature["bundle"]} if signature else {})
 
 
 def run(workspace: Workspace) -> Outcome:
-    from builder.render import CARD_FILES, render_card
+    from builder.render import render_card
 
     receipts = {stage: receipt for stage in CARD_AFTER if (receipt := workspace.receipt(stage))}
     obligations = gather_obligations(workspace, workspace.base_folder())
-    files = render_card(
-        workspace.manifest, receipts, obligations, list_reproductions(workspace), list_results(workspace)
-    )
+    signature, engines = find_signature(workspace), list_results(workspace)
+    files = render_card(workspace.manifest, receipts, obligations, list_reproductions(workspace), engines, signature)
     files |= attest(workspace)
-    for name in {*CARD_FILES, *ATTESTATIONS} - files.keys():
+    for name in set(BESIDE) - files.keys():
         (workspace.artifact / name).unlink(missing_ok=True)
     for name, text in files.items():
         write_atomic(workspace.artifact / name, text)
         if name.endswith(".sh"):
             (workspace.artifact / name).chmod(0o755)
-    return Outcome({"files": {name: sha256_file(workspace.artifact / name) for name in sorted(files)}}, {})
+    name = workspace.manifest.name
+    lines = (f"warning: the signature there is was of another payload; `doit sign:{name}` makes a new one",)
+    stale = signature is None and workspace.receipt("sign") is not None
+    facts = {"files": {name: sha256_file(workspace.artifact / name) for name in sorted(files)}}
+    return Outcome(facts, {}, lines if stale else ())
 
 
 def is_intact(workspace: Workspace) -> bool:

@@ -8,16 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from builder.errors import BuildError
-from builder.lock import ATTESTATIONS
+from builder.lock import BESIDE
 from builder.progress import SUFFIX
-from builder.render import CARD_FILES
 from builder.stages.workspace import Workspace
 
 LEFT = {
     "calibrate": ("calibration",),
     "quantize": ("parts",),
     "assemble": ("draft", "artifact.old", "artifact"),
-    "card": tuple(f"artifact/{name}" for name in (*CARD_FILES, *ATTESTATIONS)),
+    "card": tuple(f"artifact/{name}" for name in BESIDE),
 }
 HELD = ".held"
 TRIFLES = {HELD, "traceback.txt"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -24,8 +24,8 @@ from builder.digests import DIGESTER
 from builder.errors import BuildError, CalibrationError, Problems, VerifyError, raise_all
 from builder.files import digest, read_receipt, write_receipt
 from builder.manifest import load_manifest, show_path
-from builder.plan import Plan
 from builder.published import Place, Verdict, compare_published
+from builder.schemes import bind_scheme, list_measured
 from builder.stages import assemble, calibrate, fetch, plan, quantize
 from builder.stages.jobs import choose_device, name_executor
 from builder.stages.leavings import count_freed, remove_leavings
@@ -113,12 +113,11 @@ def clean_reproduction(build: Path, name: str, *, dry_run: bool) -> tuple[list[P
 
 
 def record(folder: Path, result: Mapping[str, Any]) -> None:
-    """Leave the result where the card finds it: the latest of each tier and class of machine, for one payload."""
+    """Leave the result where the card finds it, which shows those of its payload: the latest of each tier and class."""
     path = folder / "receipts" / f"{RECEIPT}.json"
     receipt = read_receipt(path)
     before = receipt["facts"]["results"] if receipt else []
-    kept = [other for other in before if other["payload_sha256"] == result["payload_sha256"]]
-    latest = {(other["tier"], other["machine_class"]): other for other in [*kept, dict(result)]}
+    latest = {(other["tier"], other["machine_class"]): other for other in [*before, dict(result)]}
     results = [latest[key] for key in sorted(latest)]
     facts = {"results": results}
     write_receipt(path, {"stage": RECEIPT, "key": digest(facts), "facts": facts, "circumstances": {}})
@@ -180,24 +179,24 @@ def list_stages(locked: Mapping[str, Any], recalibrate: bool) -> tuple[Stage, ..
 
 def take_recorded(locked: Mapping[str, Any], workspace: Workspace) -> Outcome:
     """The lock's amax table in place of a calibration's, where the scheme needs one."""
-    layout = make_plan(workspace, workspace.base_folder())
+    layout, scheme = make_plan(workspace, workspace.base_folder()), bind_scheme(workspace.manifest)
     if not layout.measures:
         return calibrate.run(workspace)
     amax = {
         linear: {kind: float.fromhex(text) for kind, text in kinds.items()} for linear, kinds in locked["amax"].items()
     }
-    calibrate.check_health(layout, amax)
-    if layout.measures_inputs:
-        compare_weights(workspace, layout, amax)
+    measured = list_measured(scheme, layout.quantized)
+    calibrate.check_health(layout, amax, measured)
+    compare_weights(workspace, measured, amax)
     return Outcome({"rows": None, "amax": locked["amax"], "machine_classes": locked["machine_classes"]}, {})
 
 
-def compare_weights(workspace: Workspace, layout: Plan, amax: Mapping[str, Mapping[str, float]]) -> None:
+def compare_weights(workspace: Workspace, linears: Sequence[str], amax: Mapping[str, Mapping[str, float]]) -> None:
     """Refuse a table whose weights are not the base's: their largest magnitudes are the same on any machine."""
     from builder.kernels import max_magnitude
 
     base = open_checkpoint(workspace.base_folder(), "the base model")
-    for linear in layout.quantized:
+    for linear in linears:
         stored = base.tensors[f"{linear}.weight"]
         if stored.dtype == "BF16":
             found = max_magnitude(base.load_words(stored.name))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
-import resource
 import socket
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Any
 from builder.digests import identify_file
 from builder.errors import BaseError, BuildError
 from builder.files import digest, explain_disk_errors, sha256_file, sync_folder, write_receipt
+from builder.machine import measure_peak
 from builder.stages.leavings import HELD, count_freed, list_leavings, remove_empty_folder, remove_leavings
 from builder.stages.workspace import NotYetError, Workspace
 
@@ -78,7 +78,7 @@ def run_stage(workspace: Workspace, stage: Stage) -> tuple[str, ...]:
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 3),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": measure_peak(),
         "machine": describe_host(),
         "resumed": resumed,
     }

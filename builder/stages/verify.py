@@ -7,8 +7,7 @@ from typing import Any
 
 from builder.digests import identify_file
 from builder.errors import Problems, VerifyError
-from builder.lock import ATTESTATIONS
-from builder.render import CARD_FILES
+from builder.lock import BESIDE
 from builder.schemes import bind_scheme, divide_linears
 from builder.stages.stage import Outcome, Stage, keep_nothing
 from builder.stages.workspace import Workspace
@@ -52,7 +51,7 @@ def describe_expected(workspace: Workspace) -> dict[str, Any]:
         "ignore": plan["ignore"],
         "unused": plan["unused"],
         "payload": {name: entry["sha256"] for name, entry in workspace.facts("assemble")["payload"].items()},
-        "beside": [*CARD_FILES, *ATTESTATIONS],
+        "beside": list(BESIDE),
         "input_amax": {
             linear: kinds["input"] for linear, kinds in workspace.facts("calibrate")["amax"].items() if "input" in kinds
         },
