@@ -46,6 +46,8 @@ RELEASES: dict[str, dict[str, Any]] = {
     "w8a8": {"scheme.name": "w8a8", **DATA_FREE},
     "w4a16": {"scheme.name": "w4a16", **DATA_FREE},
     "mixed": {"scheme": MIXED},
+    "fp8_dynamic-kv": {"scheme.name": "fp8_dynamic", "kv_cache": "fp8"},
+    "nvfp4-modelopt-kv": {"scheme.layout": "modelopt", "kv_cache": "fp8"},
 }
 PROFILE = {
     "version": "0.32",
