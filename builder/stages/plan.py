@@ -22,7 +22,7 @@ from builder.calibration import read_texts
 from builder.digests import identify_file
 from builder.errors import BuildError, ManifestError, Problems, nearest, raise_all
 from builder.files import read_receipt
-from builder.licenses import Obligations
+from builder.licenses import LICENSES, WARNING_IDS, Obligations, bind_licenses, collect_obligations, name_warnings
 from builder.manifest import Manifest
 from builder.plan import Plan, PlannedFile, plan_release
 from builder.schemes import bind_scheme
@@ -104,7 +104,6 @@ def bind_names(workspace: Workspace) -> None:
     from builder.benchmarks import load_benchmarks
     from builder.evaluation import load_evaluations
     from builder.fixes import bind_fixes
-    from builder.licenses import bind_licenses
 
     manifest = workspace.manifest
     base = manifest.release.base
@@ -211,8 +210,6 @@ def warn_of_licenses(workspace: Workspace) -> tuple[str, ...]:
 
     Raises what `gather_obligations` does, if they are there.
     """
-    from builder.licenses import LICENSES, name_warnings
-
     manifest = workspace.manifest
     if locate_base(manifest):
         return tuple(map(str, gather_obligations(workspace, preview_legal_files(manifest)).warnings))
@@ -226,7 +223,6 @@ def gather_obligations(workspace: Workspace, base_files: Mapping[str, Path]) -> 
 
     A lock has no acknowledgements, and needs none: whoever builds from it again publishes nothing new.
     """
-    from builder.licenses import WARNING_IDS, collect_obligations
     from builder.lock import LockedManifest
 
     manifest = workspace.manifest
