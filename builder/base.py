@@ -16,6 +16,7 @@ from builder import hub
 from builder.digests import DIGESTER, identify_file
 from builder.errors import BaseError, ManifestError
 from builder.files import read_exactly, read_receipt, write_receipt
+from builder.licenses import is_legal
 from builder.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ DTYPE_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md")
+COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.md")
 TEMPLATES = "additional_chat_templates"  # the one folder inside a model folder that tokenizers read
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
 READ_AHEAD_BYTES = 512 << 20
@@ -350,6 +351,23 @@ def fetch_base(manifest: Manifest) -> Path:
     return hub.download_files(model, revision, [*companions, *weights], where=where)
 
 
+def preview_legal_files(manifest: Manifest) -> dict[str, Path]:
+    """The base's licences, notices and use policies by name, before anything large is downloaded."""
+    folder = locate_base(manifest)
+    if folder is not None:
+        return find_legal_files(folder)
+    model, revision = require_revision(manifest)
+    where = manifest.where("base", "model")
+    names = [file.name for file in hub.list_files(model, revision, where=where) if is_legal(file.name)]
+    snapshot = hub.download_files(model, revision, names, where=where)
+    return {name: snapshot / name for name in names}
+
+
+def find_legal_files(folder: Path) -> dict[str, Path]:
+    """The licences, notices and use policies of a base, by name."""
+    return {name: folder / name for name in list_base_files(folder) if is_legal(name)}
+
+
 def is_companion(name: str) -> bool:
     """Whether a release needs a file besides the weights: configs, index, tokenizer, template, licences."""
     path = PurePosixPath(name)
@@ -357,7 +375,7 @@ def is_companion(name: str) -> bool:
         return path.suffix == ".jinja"
     if len(path.parts) != 1 or name.startswith(".") or name == "README.md":
         return False
-    return any(path.match(pattern) for pattern in COMPANIONS)
+    return is_legal(name) or any(path.match(pattern) for pattern in COMPANIONS)
 
 
 def list_base_files(folder: Path) -> tuple[str, ...]:

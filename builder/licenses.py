@@ -17,18 +17,20 @@ from builder.errors import BuildError, ManifestError, nearest, raise_all
 
 T = TypeVar("T")
 SHIPPED_TEXTS = Path(__file__).parent / "license_texts"
-WARNING_IDS = ("license-text", "name-prefix", "undeclared-license")
+UNDECLARED = "undeclared-license"
+WARNING_IDS = ("license-text", "name-prefix", UNDECLARED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class License:
-    """What one licence asks of a redistributed, quantized derivative.
+    """What one licence asks of a redistributed, quantized derivative; that its changes are stated is asked of each.
 
     hub_tag: the card's `license` value; None where the Hub has none: the card says `other` with a name and a link.
     phrases: all of them occur in the licence's text, case and white space aside; how a text is recognised.
     requires_text: a copy must accompany the artifact; `shipped` ones need none from the base.
     display, notice: lines for the card and for the NOTICE file, verbatim as the licence wants them.
     conditions: sentences that every recipient must be told.
+    repeats: licences whose words this one's text holds as well, without their being another part of the lineage.
     name_prefix: how the name of a derived model must begin; a warning, for whether quantization counts is unclear.
     """
 
@@ -38,13 +40,12 @@ class License:
     hub_tag: str | None = None
     requires_text: bool = True
     shipped: bool = False
-    state_changes: bool = False
-    non_commercial: bool = False
     no_derivatives: bool = False
     display: tuple[str, ...] = ()
     notice: tuple[str, ...] = ()
     links: tuple[tuple[str, str], ...] = ()
     conditions: tuple[str, ...] = ()
+    repeats: tuple[str, ...] = ()
     name_prefix: str | None = None
 
     @property
@@ -52,8 +53,13 @@ class License:
         return SHIPPED_TEXTS / f"{self.id}.txt"
 
 
-def llama(id: str, *, name: str, built_with: str, prefix: str, policy: str, released: str) -> License:
-    """A Llama community licence; `name` as its attribution notice spells it."""
+def llama(
+    id: str, *, name: str, built_with: str, prefix: str, policy: str, released: str, source: str, besides: str = ""
+) -> License:
+    """A Llama community licence; `name` as its attribution notice spells it.
+
+    source: with what a model must have been made, that the name rule holds for it. besides: a condition of its own.
+    """
     return License(
         id=id,
         title=f"{name} Community License Agreement",
@@ -69,6 +75,10 @@ def llama(id: str, *, name: str, built_with: str, prefix: str, policy: str, rele
         conditions=(
             f"Whoever had more than 700 million monthly active users in the calendar month before the {name} version "
             f"release date ({released}) must request a license from Meta.",
+            f"Use of this model must follow the {name} Acceptable Use Policy.",
+            f"A model that is created, trained or improved with {source}, and made available, must have a name that "
+            f'begins with "{prefix}".',
+            *([besides] if besides else []),
         ),
         name_prefix=prefix,
     )
@@ -84,8 +94,6 @@ def creative_commons(
         phrases=(f"{title} 4.0 international",),
         hub_tag=hub_tag,
         requires_text=False,
-        state_changes=True,
-        non_commercial=non_commercial,
         no_derivatives=no_derivatives,
         links=((f"Creative Commons {title} 4.0 International", f"https://creativecommons.org/licenses/{kind}/4.0/"),),
         conditions=("Non-commercial use only.",) if non_commercial else (),
@@ -101,7 +109,6 @@ LICENSES: Mapping[str, License] = {
             phrases=("apache license version 2.0, january 2004",),
             hub_tag="apache-2.0",
             shipped=True,
-            state_changes=True,
         ),
         License(
             id="bsd-3-clause",
@@ -125,8 +132,6 @@ LICENSES: Mapping[str, License] = {
             phrases=("acceptable use addendum",),
             hub_tag="cc-by-nc-4.0",
             requires_text=False,
-            state_changes=True,
-            non_commercial=True,
             links=(
                 (
                     "Creative Commons Attribution-NonCommercial 4.0 International",
@@ -134,14 +139,14 @@ LICENSES: Mapping[str, License] = {
                 ),
                 ("Cohere Acceptable Use Policy", "https://docs.cohere.com/docs/c4ai-acceptable-use-policy"),
             ),
-            conditions=("Non-commercial use only.",),
+            conditions=("Non-commercial use only.", "Use of this model must follow the Cohere Acceptable Use Policy."),
+            repeats=("cc-by-nc-4.0",),
         ),
         License(
             id="gemma",
             title="Gemma Terms of Use",
             phrases=("gemma terms of use",),
             hub_tag="gemma",
-            state_changes=True,
             notice=(
                 "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
             ),
@@ -161,6 +166,9 @@ LICENSES: Mapping[str, License] = {
             prefix="Llama 3",
             policy="https://llama.meta.com/llama3/use-policy",
             released="April 18, 2024",
+            source="this model",
+            besides="Neither this model nor its outputs may improve another large language model, derivatives of Meta "
+            "Llama 3 aside.",
         ),
         llama(
             "llama3.1",
@@ -169,6 +177,7 @@ LICENSES: Mapping[str, License] = {
             prefix="Llama",
             policy="https://llama.meta.com/llama3_1/use-policy",
             released="July 23, 2024",
+            source="this model or its outputs",
         ),
         llama(
             "llama3.2",
@@ -177,6 +186,7 @@ LICENSES: Mapping[str, License] = {
             prefix="Llama",
             policy="https://www.llama.com/llama3_2/use-policy",
             released="September 25, 2024",
+            source="this model or its outputs",
         ),
         llama(
             "llama3.3",
@@ -185,6 +195,7 @@ LICENSES: Mapping[str, License] = {
             prefix="Llama",
             policy="https://www.llama.com/llama3_3/use-policy",
             released="December 6, 2024",
+            source="this model or its outputs",
         ),
         License(
             id="mit",
@@ -196,8 +207,6 @@ LICENSES: Mapping[str, License] = {
             id="mrl",
             title="Mistral AI Research License",
             phrases=("mistral ai research license",),
-            state_changes=True,
-            non_commercial=True,
             notice=("Licensed by Mistral AI under the Mistral AI Research License",),
             links=(("Mistral AI Research License", "https://mistral.ai/licenses/MRL-0.1.md"),),
             conditions=("Research and non-commercial use only.",),
@@ -218,13 +227,11 @@ LICENSES: Mapping[str, License] = {
             id="psf-2.0",
             title="Python Software Foundation License 2.0",
             phrases=("python software foundation license version 2",),
-            state_changes=True,
         ),
         License(
             id="qwen",
             title="Qwen LICENSE AGREEMENT",
             phrases=("qwen license agreement",),
-            state_changes=True,
             display=("Built with Qwen",),
             notice=(
                 "Qwen is licensed under the Qwen LICENSE AGREEMENT, Copyright (c) Alibaba Cloud. All Rights Reserved.",
@@ -248,10 +255,15 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Warning:
-    """Something only the publisher can judge; silenced by its id in `base.acknowledge`."""
+    """Something only the publisher can judge; silenced by its id in `base.acknowledge`. where: the manifest's line."""
 
     id: str
     text: str
+    where: str
+
+    def __str__(self) -> str:
+        told = f"base.acknowledge: [{self.id}] says that you have read this"
+        return f"warning ({self.id}): {self.text}, in {self.where}; {told}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +273,7 @@ class Obligations:
     texts: the first licence's text is LICENSE, the others LICENSE.<id>; what else the base had keeps its name, or
     gets the ending .base where that name is taken.
     upstream_notices: the base's NOTICE files, whose words the artifact's NOTICE repeats.
+    warnings, acknowledged: what the publisher has still to read, and has read.
     front_matter: `license`, and `license_name` and `license_link` where that is `other`.
     """
 
@@ -268,13 +281,12 @@ class Obligations:
     texts: tuple[Text, ...]
     upstream_notices: tuple[Path, ...]
     warnings: tuple[Warning, ...]
+    acknowledged: tuple[Warning, ...]
     display_lines: tuple[str, ...]
     notice_lines: tuple[str, ...]
     links: tuple[tuple[str, str], ...]
     conditions: tuple[str, ...]
     front_matter: Mapping[str, str]
-    state_changes: bool
-    non_commercial: bool
 
 
 def collect_obligations(
@@ -293,23 +305,27 @@ def collect_obligations(
     license_files: texts the manifest adds, by licence id.
     where: manifest keys -> where they stand, for errors.
     Raises ManifestError, or Problems with several: no licence, an unknown one, one that allows no derivatives, a text
-    that must be carried and is nowhere, an unknown entry in `acknowledge` or `license_files`.
+    that must be carried and is nowhere, one of the base's that reads like a licence that is not declared (unless that
+    is acknowledged), an unknown entry in `acknowledge` or `license_files`.
     """
     lineage = bind_licenses(licenses, acknowledged=acknowledged, license_files=license_files, where=where)
-    texts, text_warnings = choose_texts(lineage, base_files, license_files, where)
-    warnings = (*name_warnings(lineage, repo_name), *text_warnings)
+    texts, text_warnings, problems = choose_texts(lineage, base_files, license_files, where)
+    contradictions, fix = find_contradictions(lineage, base_files, where)
+    if UNDECLARED not in acknowledged:
+        problems = [*(ManifestError(found.text, found.where, fix) for found in contradictions), *problems]
+    raise_all(problems)
+    warnings = (*name_warnings(lineage, repo_name, where), *contradictions, *text_warnings)
     return Obligations(
         licenses=lineage,
         texts=texts,
         upstream_notices=tuple(base_files[name] for name in sorted(base_files) if is_notice(name)),
         warnings=tuple(warning for warning in warnings if warning.id not in acknowledged),
+        acknowledged=tuple(warning for warning in warnings if warning.id in acknowledged),
         display_lines=unique(line for license in lineage for line in license.display),
         notice_lines=unique(line for license in lineage for line in license.notice),
         links=unique(link for license in lineage for link in license.links),
         conditions=unique(line for license in lineage for line in license.conditions),
         front_matter=describe_for_hub(lineage, has_text=any(text.name == "LICENSE" for text in texts)),
-        state_changes=any(license.state_changes for license in lineage),
-        non_commercial=any(license.non_commercial for license in lineage),
     )
 
 
@@ -368,25 +384,47 @@ def bind_licenses(
     return tuple(LICENSES[id] for id in unique(licenses))
 
 
+def find_contradictions(
+    lineage: Sequence[License], base_files: Mapping[str, Path], where: Callable[..., str]
+) -> tuple[tuple[Warning, ...], str]:
+    """Licences that the base's own files read like and the manifest does not declare; with them, what to declare.
+
+    Whether or not the declared ones are there too: a Llama agreement below an MIT text binds all the same.
+    """
+    declared = unique(license.id for license in lineage)
+    covered = {*declared, *(id for license in lineage for id in license.repeats)}
+    found = {name: recognise_licenses(read_text(base_files[name])) - covered for name in sorted(base_files)}
+    found = {name: ids for name, ids in found.items() if ids and is_license(name)}
+    warnings = tuple(
+        Warning(
+            id=UNDECLARED,
+            text=f"the base's {name} reads like {spell(ids)}, which base.licenses does not declare",
+            where=where("base", "licenses"),
+        )
+        for name, ids in found.items()
+    )
+    all_of_them = unique([*declared, *sorted(set().union(*found.values()))])
+    fix = (
+        f"write licenses: [{', '.join(all_of_them)}], without what is not in the lineage; or, if such a file is not "
+        f"about these weights, acknowledge: [{UNDECLARED}]"
+    )
+    return warnings, fix
+
+
 def choose_texts(
     lineage: Sequence[License],
     base_files: Mapping[str, Path],
     license_files: Mapping[str, Path],
     where: Callable[..., str],
-) -> tuple[tuple[Text, ...], tuple[Warning, ...]]:
-    """Each licence's text: the manifest's, else the base's that reads like it, else ours, else an unrecognised one."""
-    declared = {license.id for license in lineage}
+) -> tuple[tuple[Text, ...], tuple[Warning, ...], list[BuildError]]:
+    """Each licence's text: the manifest's, else the base's that reads like it, else ours, else an unrecognised one.
+
+    Returns also what is odd about them, and a problem for each that is nowhere.
+    """
     candidates = {name: base_files[name] for name in sorted(base_files) if is_license(name)}
     reads_like = {name: recognise_licenses(read_text(path)) for name, path in candidates.items()}
-    strangers = [name for name in candidates if reads_like[name] and not reads_like[name] & declared]
     unrecognised = [name for name in candidates if not reads_like[name]]
-    warnings = [
-        Warning(
-            id="undeclared-license",
-            text=f"the base's {name} reads like {spell(reads_like[name])}, which base.licenses does not declare",
-        )
-        for name in strangers
-    ]
+    warnings: list[Warning] = []
     problems: list[BuildError] = []
     chosen: dict[str, Path] = {}
     used: set[str] = set()
@@ -395,7 +433,7 @@ def choose_texts(
         if license.id in license_files:
             path = license_files[license.id]
             if license.id not in (found := recognise_licenses(read_text(path))):
-                warnings.append(odd_text(license, path.name, found))
+                warnings.append(odd_text(license, path.name, found, where("base", "license_files")))
             chosen[license.id] = path
         elif own:
             if own[0] not in used:  # one file may hold the texts of several licences
@@ -405,7 +443,7 @@ def choose_texts(
             chosen[license.id] = license.shipped_text
         elif license.requires_text and unrecognised:
             name = unrecognised.pop(0)
-            warnings.append(odd_text(license, name, frozenset()))
+            warnings.append(odd_text(license, name, frozenset(), where("base", "licenses")))
             chosen[license.id] = candidates[name]
             used.add(name)
         elif license.requires_text:
@@ -417,7 +455,6 @@ def choose_texts(
                     f"save the text beside the manifest and declare it: license_files: {{{license.id}: path}}",
                 )
             )
-    raise_all(problems)
     texts = [
         Text(name="LICENSE" if place == 0 else f"LICENSE.{id}", path=path)
         for place, (id, path) in enumerate(chosen.items())
@@ -428,15 +465,24 @@ def choose_texts(
         for name in sorted(base_files)
         if name not in used and not is_notice(name)
     ]
-    return tuple(texts), tuple(warnings)
+    return tuple(texts), tuple(warnings), problems
 
 
-def odd_text(license: License, name: str, found: frozenset[str]) -> Warning:
+def odd_text(license: License, name: str, found: frozenset[str], where: str) -> Warning:
     reads = f"reads like {spell(found)}" if found else "is not recognised as such"
-    return Warning(id="license-text", text=f"{name} is carried as the text of {license.id}, but {reads}")
+    return Warning(id="license-text", text=f"{name} is carried as the text of {license.id}, but {reads}", where=where)
 
 
-def name_warnings(lineage: Sequence[License], repo_name: str) -> tuple[Warning, ...]:
+def tell_source(license: License, license_files: Collection[str]) -> str:
+    """Where the text of a licence comes from, as far as that is known without the base's files."""
+    if license.id in license_files:
+        return "the manifest's license_files"
+    if license.shipped:
+        return "the base's own, else the one shipped with the builder"
+    return "the base's own, else named by license_files" if license.requires_text else "the base's own, else a link"
+
+
+def name_warnings(lineage: Sequence[License], repo_name: str, where: Callable[..., str]) -> tuple[Warning, ...]:
     """A warning for each licence whose name rule the published name does not follow; hyphens count as spaces."""
     name = repo_name.rpartition("/")[2]
     plain = re.sub(r"[-_]", " ", name).casefold()
@@ -445,6 +491,7 @@ def name_warnings(lineage: Sequence[License], repo_name: str) -> tuple[Warning, 
             id="name-prefix",
             text=f"{license.title} wants the name of a model improved with its materials to begin with "
             f'"{license.name_prefix}", and {name} does not; whether quantization alone counts is unclear',
+            where=where("repo"),
         )
         for license in lineage
         if license.name_prefix and not plain.startswith(license.name_prefix.casefold())
@@ -475,6 +522,11 @@ def recognise_licenses(text: str) -> frozenset[str]:
     return frozenset(
         license.id for license in LICENSES.values() if all(phrase.casefold() in plain for phrase in license.phrases)
     )
+
+
+def is_legal(name: str) -> bool:
+    """Whether a file of the base says under which terms it may be used."""
+    return "/" not in name and (is_license(name) or is_notice(name) or name.casefold().startswith("use_policy"))
 
 
 def is_license(name: str) -> bool:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from builder.comparison import fold_layers, is_same
 from builder.differences import list_changes, show_value
+from builder.licenses import LICENSES, name_warnings, tell_source, unique
 from builder.manifest import Manifest, show_path
 from builder.stages import STAGES, Workspace
 
@@ -51,6 +52,7 @@ def print_plan(workspace: Workspace, console: Console) -> None:
         ("work", tell_work(aside["work"])),
         ("time", tell_time(aside["work"])),
         *tell_serving(aside["serving"]),
+        *tell_licenses(workspace.manifest),
     ):
         facts.add_row(f"[bold]{label}[/]", escape(text))
     console.print(f"[bold]{escape(release.title)}[/]", highlight=False)
@@ -103,6 +105,20 @@ def tell_serving(size: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         label = f"{speed['num_devices']}, tensor parallel" if speed["tensor_parallel"] else "one device"
         rows.append((label, text if speed["fits"] else "does not fit"))
     return rows
+
+
+def tell_licenses(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the licences of the lineage ask for; the release's name, if it breaks a rule that is acknowledged."""
+    base, lineage = manifest.release.base, [LICENSES[id] for id in manifest.release.base.licenses]
+    names = name_warnings(lineage, manifest.release.repo, manifest.where)
+    told = (
+        ("licence", [f"{law.title}: its text is {tell_source(law, base.license_files)}" for law in lineage]),
+        ("on the card", [line for law in lineage for line in law.display]),
+        ("in NOTICE", [line for law in lineage for line in law.notice]),
+        ("terms", [line for law in lineage for line in law.conditions]),
+        ("acknowledged", [warning.text for warning in names if warning.id in base.acknowledge]),
+    )
+    return [(label, line) for label, lines in told for line in unique(lines)]
 
 
 def tabulate_shards(aside: Mapping[str, Any]) -> Table:

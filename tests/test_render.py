@@ -369,7 +369,9 @@ def test_what_a_licence_wants_displayed_stands_above_the_title(manifest: Manifes
 def test_the_card_repeats_every_notice_condition_link_and_text(manifest: Manifest, obligations: Obligations) -> None:
     card = render_card(manifest, RECEIPTS, obligations)["README.md"]
     shown = [plain(token) for token in parse(card) if token.type == "inline"]
-    for line in (*obligations.notice_lines, *obligations.conditions):
+    assert [warning.id for warning in obligations.acknowledged] == ["name-prefix"]
+    acknowledged = [f"Known to the publisher: {warning.text}." for warning in obligations.acknowledged]
+    for line in (*obligations.notice_lines, *obligations.conditions, *acknowledged):
         assert line in shown
     for text, address in obligations.links:
         assert f"[{text}]({address})" in card

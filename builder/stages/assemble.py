@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import lock
-from builder.base import INDEX, list_base_files
+from builder.base import INDEX, find_legal_files, list_base_files
 from builder.digests import identify_file
 from builder.errors import BuildError
 from builder.files import canonical_json, read_json, sha256_file, sync_folder, write_atomic, write_json
@@ -18,7 +18,7 @@ from builder.manifest import Compatibility
 from builder.plan import Plan
 from builder.schemes import Scheme, bind_scheme
 from builder.schemes.cache import describe_cache, describe_cache_beside
-from builder.stages.plan import make_plan
+from builder.stages.plan import gather_obligations, make_plan
 from builder.stages.quantize import drop_parts, key_of_parts, take_back
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
@@ -84,14 +84,14 @@ def run(workspace: Workspace) -> Outcome:
         "payload_sha256": lock.digest_payload(payload),
         "fixes": [asdict(record) for record in records],
     }
-    warnings = gather_obligations(workspace, base).warnings
+    warnings = gather_obligations(workspace, find_legal_files(base)).warnings
     identities = {name: identify_file(workspace.artifact / name) for name in payload}
     whole = {name: {"sha256": sha256, "identity": identities[name]} for name, sha256 in untouched.items()}
     parts = {"key": key_of_parts(workspace), "files": whole}
     return Outcome(
         facts,
         {"identities": identities, "parts": parts},
-        tuple(f"warning ({warning.id}): {warning.text}" for warning in warnings),
+        tuple(map(str, warnings)),
     )
 
 
@@ -167,34 +167,17 @@ def choose_spelling(compatibility: Compatibility, indent: int = 2) -> Callable[[
 
 def is_companion(name: str) -> bool:
     """Whether a file of the base goes into the artifact as it is: tokenizer, template, generation and other configs."""
-    from builder.licenses import is_license, is_notice
+    from builder.licenses import is_legal
 
     own = name in ("config.json", INDEX) or name.endswith((".safetensors", ".md", ".index.json"))
-    return not own and not is_license(name) and not is_notice(name)
-
-
-def gather_obligations(workspace: Workspace, base: Path) -> Any:
-    """What the licences of the declared lineage ask of this release."""
-    from builder.licenses import collect_obligations, is_license, is_notice
-
-    manifest = workspace.manifest
-    spec = manifest.release.base
-    found = {name: base / name for name in list_base_files(base) if is_license(name) or is_notice(name)}
-    return collect_obligations(
-        spec.licenses,
-        repo_name=manifest.release.repo,
-        acknowledged=spec.acknowledge,
-        base_files=found,
-        license_files={name: manifest.resolve(path) for name, path in spec.license_files.items()},
-        where=manifest.where,
-    )
+    return not own and not is_legal(name)
 
 
 def write_licenses(workspace: Workspace, draft: Path, base: Path) -> None:
     """The texts that must accompany a copy, and the notice."""
     from builder.render import render_notice
 
-    obligations = gather_obligations(workspace, base)
+    obligations = gather_obligations(workspace, find_legal_files(base))
     for text in obligations.texts:
         write_atomic(draft / text.name, text.path.read_bytes())
     write_atomic(draft / "NOTICE", render_notice(workspace.manifest, obligations))

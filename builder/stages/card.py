@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from builder.base import find_legal_files
 from builder.files import canonical_json, sha256_file, write_atomic
 from builder.lock import BESIDE, RECORDS, SIGNATURE
 from builder.provenance import make_statement
-from builder.stages.assemble import gather_obligations
 from builder.stages.check_serving import list_results
 from builder.stages.lock import gather_lock
+from builder.stages.plan import gather_obligations
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
 
@@ -70,7 +71,7 @@ def run(workspace: Workspace) -> Outcome:
     from builder.render import render_card
 
     receipts = {stage: receipt for stage in CARD_AFTER if (receipt := workspace.receipt(stage))}
-    obligations = gather_obligations(workspace, workspace.base_folder())
+    obligations = gather_obligations(workspace, find_legal_files(workspace.base_folder()))
     signature, engines = find_signature(workspace), list_results(workspace)
     files = render_card(workspace.manifest, receipts, obligations, list_reproductions(workspace), engines, signature)
     files |= attest(workspace)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from builder import lock
-from builder.base import begin_hashing, fetch_base, hash_files, list_base_files, locate_base
+from builder.base import begin_hashing, fetch_base, hash_files, list_base_files, locate_base, preview_legal_files
 from builder.calibration import require_revision
 from builder.digests import identify_file
 from builder.errors import BuildError
 from builder.stages.jobs import name_executor
-from builder.stages.plan import make_plan, require_disk
+from builder.stages.plan import gather_obligations, make_plan, require_disk
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
 
@@ -48,11 +48,13 @@ def run(workspace: Workspace) -> Outcome:
 
 
 def check_beforehand(workspace: Workspace) -> None:
-    """Refuse what a later stage would stop at: a data set that is not pinned, a disk without room for the result."""
+    """Refuse what a later stage would stop at: a data set that is not pinned, a disk without room for the result, a
+    licence whose text is missing."""
     calibration, plan = workspace.manifest.release.calibration, make_plan(workspace)
     if calibration and calibration.dataset and plan.measures_inputs:
         require_revision(workspace.manifest, calibration)
     require_disk(workspace, plan)
+    gather_obligations(workspace, preview_legal_files(workspace.manifest))
 
 
 def tell_large(name: str, num_bytes: int) -> None:

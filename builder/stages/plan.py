@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from builder.base import (
     list_base_files,
     locate_base,
     preview_base,
+    preview_legal_files,
     read_config,
     read_tensors,
 )
@@ -20,6 +22,7 @@ from builder.calibration import read_texts
 from builder.digests import identify_file
 from builder.errors import BuildError, ManifestError, Problems, nearest, raise_all
 from builder.files import read_receipt
+from builder.licenses import LICENSES, WARNING_IDS, Obligations, bind_licenses, collect_obligations, name_warnings
 from builder.manifest import Manifest
 from builder.plan import Plan, PlannedFile, plan_release
 from builder.schemes import bind_scheme
@@ -102,7 +105,6 @@ def bind_names(workspace: Workspace) -> None:
     from builder.benchmarks import load_benchmarks
     from builder.evaluation import load_evaluations
     from builder.fixes import bind_fixes
-    from builder.licenses import bind_licenses
 
     manifest = workspace.manifest
     base = manifest.release.base
@@ -204,16 +206,35 @@ def warn_of_engine(manifest: Manifest) -> tuple[str, ...]:
     return (f"warning (serve): no list of vLLM {serve.version} is here ({known}): its options are not checked",)
 
 
-def warn_of_names(workspace: Workspace) -> tuple[str, ...]:
-    """What the licences say of the release's name, unless the publisher has acknowledged it."""
-    from builder.licenses import LICENSES, name_warnings
+def warn_of_licenses(workspace: Workspace) -> tuple[str, ...]:
+    """What only the publisher can judge: the release's name, and, once the base's licence files are there, those.
 
-    base = workspace.manifest.release.base
-    warnings = name_warnings([LICENSES[name] for name in base.licenses], workspace.manifest.release.repo)
-    return tuple(
-        f"warning ({warning.id}): {warning.text}; acknowledge it in base.acknowledge"
-        for warning in warnings
-        if warning.id not in base.acknowledge
+    Raises what `gather_obligations` does, if they are there.
+    """
+    manifest = workspace.manifest
+    if locate_base(manifest):
+        return tuple(map(str, gather_obligations(workspace, preview_legal_files(manifest)).warnings))
+    base = manifest.release.base
+    warnings = name_warnings([LICENSES[name] for name in base.licenses], manifest.release.repo, manifest.where)
+    return tuple(str(warning) for warning in warnings if warning.id not in base.acknowledge)
+
+
+def gather_obligations(workspace: Workspace, base_files: Mapping[str, Path]) -> Obligations:
+    """What the licences of the declared lineage ask of this release; base_files: the base's own legal files, by name.
+
+    A lock has no acknowledgements, and needs none: whoever builds from it again publishes nothing new.
+    """
+    from builder.lock import LockedManifest
+
+    manifest = workspace.manifest
+    base = manifest.release.base
+    return collect_obligations(
+        base.licenses,
+        repo_name=manifest.release.repo,
+        acknowledged=WARNING_IDS if isinstance(manifest, LockedManifest) else base.acknowledge,
+        base_files=base_files,
+        license_files={name: manifest.resolve(path) for name, path in base.license_files.items()},
+        where=manifest.where,
     )
 
 
@@ -222,6 +243,7 @@ def run(workspace: Workspace, *, with_data: bool = True) -> Outcome:
     if base := locate_base(workspace.manifest):
         begin_hashing(base, workspace.circumstances("fetch").get("files", {}))  # for `fetch`; the plan takes a while
     plan = make_plan(workspace)
+    of_licenses = warn_of_licenses(workspace)
     if with_data:
         check_inputs(workspace, plan)
     needed, free = measure_disk(workspace, plan)
@@ -236,7 +258,7 @@ def run(workspace: Workspace, *, with_data: bool = True) -> Outcome:
     }
     warnings = (
         *([f"warning (disk): {tell_shortage(needed, free)}"] if needed > free else []),
-        *warn_of_names(workspace),
+        *of_licenses,
         *warn_of_engine(workspace.manifest),
         *warn_of_serving(size["serving"]),
         *warn_of_compromises(workspace.manifest),
