@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ import torch
 from conftest import build, release_writer
 from safetensors.torch import load_file, save_file
 
-from builder.engine import Engine, Reading, Refusal, find_engine, read_artifacts
+from builder.answers import find_degeneration, read_chat
+from builder.engine import Engine, Reading, Refusal, find_engine, make_environment, read_artifacts, tether
 from builder.errors import BuildError
 from builder.perplexity import measure_perplexity, open_artifact, open_base, split_text
+from builder.server import Server, find_port
 from builder.stages import Workspace, run_stage
 from builder.stages import card as card_stage
 from builder.stages.check_serving import RECEIPT, TOLERANCE, check_serving, judge_reading, list_results
@@ -216,30 +219,42 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return release_writer(tmp_path / "releases")
 
 
-def list_leftovers() -> set[str]:
-    """Temporary folders of servers, and processes of vLLM, by whatever name they go."""
-    folders = {path.name for path in Path(tempfile.gettempdir()).glob("serving-*")}
-    running = {f"{pid} {words}" for pid, words in list_commands() if "vllm" in words.lower()}
-    return folders | running
+@pytest.fixture
+def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """What is left of servers that the test started: temporary folders, and processes, known by where they work."""
+    folder = Path(tempfile.mkdtemp())  # of a short path, for sockets are made in it
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.chdir(tmp_path)
+
+    def find() -> list[str]:
+        return [path.name for path in folder.iterdir()] + [words for pid, words in list_commands(tmp_path)]
+
+    yield find
+    shutil.rmtree(folder)
 
 
-def list_commands() -> Iterator[tuple[int, str]]:
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def list_commands(folder: Path) -> Iterator[tuple[int, str]]:
+    """The other processes that work in a folder."""
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            yield int(path.parent.name), path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+            if (process / "cwd").readlink() == folder and int(process.name) != os.getpid():
+                yield (
+                    int(process.name),
+                    (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace"),
+                )
         except OSError:  # it has just ended
             continue
 
 
 def test_a_release_is_loaded_read_served_and_measured_and_its_card_says_so(
-    engine: Engine, write: Callable[..., Path], tmp_path: Path
+    engine: Engine, write: Callable[..., Path], leftovers: Callable[[], list[str]], tmp_path: Path
 ) -> None:
     sampling = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 48}
     workspace = build(write(serve=PROFILE, sampling=sampling, **RELEASES["fp8_dynamic"]), tmp_path / "build", "card")
     assert "Served by vLLM | not checked" in (workspace.artifact / "README.md").read_text()
-    before, told = list_leftovers(), list[str]()
+    told = list[str]()
     result = check_serving(workspace, told.append)
-    assert list_leftovers() <= before
+    assert leftovers() == []
     assert result["verdict"] == "good" and result["problems"] == []
     assert result["perplexity"]["vllm"] == pytest.approx(result["perplexity"]["transformers"], rel=TOLERANCE)
     served = result["served"]
@@ -261,15 +276,14 @@ def test_a_release_is_loaded_read_served_and_measured_and_its_card_says_so(
 
 
 def test_a_profile_that_vllm_refuses_is_told_recorded_and_leaves_nothing_behind(
-    engine: Engine, write: Callable[..., Path], tmp_path: Path
+    engine: Engine, write: Callable[..., Path], leftovers: Callable[[], list[str]], tmp_path: Path
 ) -> None:
     profile = {**PROFILE, "args": {"max-num-seqs": "4", "chat-template": "/nowhere/template.jinja"}}
     path = write(serve=profile, perplexity=None, **RELEASES["fp8_dynamic"])
     workspace = build(path, tmp_path / "build", "card")
-    before = list_leftovers()
     with pytest.raises(BuildError, match="the server ended with exit code 1"):
         check_serving(workspace, lambda line: None)
-    assert list_leftovers() <= before
+    assert leftovers() == []
     [result] = list_results(workspace)
     assert result["verdict"] == "failed" and "the server ended" in result["problems"][0]
     run_stage(workspace, card_stage.STAGE)
@@ -277,11 +291,10 @@ def test_a_profile_that_vllm_refuses_is_told_recorded_and_leaves_nothing_behind(
 
 
 def test_a_builder_that_is_killed_takes_its_server_with_it(
-    engine: Engine, write: Callable[..., Path], tmp_path: Path
+    engine: Engine, write: Callable[..., Path], leftovers: Callable[[], list[str]], tmp_path: Path
 ) -> None:
     path = write(serve=PROFILE, perplexity=None, **RELEASES["fp8_dynamic"])
     workspace = build(path, tmp_path / "build", "perplexity")
-    before = list_leftovers()
     check = "import sys; from pathlib import Path; from builder.manifest import load_manifest; " + (
         "from builder.stages import Workspace; from builder.stages.check_serving import check_serving; "
         "check_serving(Workspace(load_manifest(Path(sys.argv[1])), Path(sys.argv[2])))"
@@ -293,7 +306,39 @@ def test_a_builder_that_is_killed_takes_its_server_with_it(
         wait_until(lambda: builder.poll() is not None or (log.exists() and "Starting to load model" in log.read_text()))
         assert builder.poll() is None
         builder.send_signal(signal.SIGKILL)
-    wait_until(lambda: list_leftovers() <= before)
+    wait_until(lambda: leftovers() == [])
+
+
+def test_llama_swap_starts_our_entry_and_passes_a_chat_on(
+    engine: Engine, write: Callable[..., Path], leftovers: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    if not (program := shutil.which("llama-swap")):
+        pytest.skip("llama-swap is not on this machine: its entry is proven by schema and loader rules alone")
+    port, front = find_port(), find_port()
+    args = {"max-model-len": "512", "max-num-seqs": "4", "enforce-eager": True}
+    profile = {**PROFILE, "model_path": str(tmp_path / "build" / "artifact"), "port": port, "args": args}
+    profile["python"] = str(engine.python)
+    workspace = build(write(serve=profile, perplexity=None, **RELEASES["fp8_dynamic"]), tmp_path / "build", "card")
+    words = ["--config", str(workspace.artifact / "llama-swap.yaml")]
+    command = tether(engine, program, *words, "--listen", f"127.0.0.1:{front}")
+    del command[2]  # llama-swap is a program of its own
+    with subprocess.Popen(command, env=make_environment()) as proxy:
+        server = Server(address=f"http://127.0.0.1:{front}", served_name="tiny-llama-NVFP4", seconds=0, log=tmp_path)
+        try:
+            wait_until(lambda: answers(f"{server.address}/v1/models"))
+            body = {"messages": [{"role": "user", "content": "What is a list?"}], "max_tokens": 16, "logprobs": True}
+            assert find_degeneration(read_chat("", server.ask("/v1/chat/completions", body))) is None
+        finally:
+            proxy.terminate()
+    assert leftovers() == []
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 180) -> None:
