@@ -99,17 +99,21 @@ def render_card(
     """The files around the payload, by name: README.md; if there is a serve profile, what starts the server; and
     `.eval_results/` if the Hub is told scores.
 
-    receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else.
+    receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else. With none
+    but the plan's, the card says that nothing has been built.
     reproductions: what rebuilds from the lock came to. engines: what those that were to serve it made of it.
     Raises BuildError or Problems for a serve profile that would not arrive as it is written, and for result files that
     cannot be read or may not be compared.
     """
-    release = manifest.release
+    from builder.fixes import bind_fixes
+
+    release, built = manifest.release, bool(receipts.keys() - {"plan"})
     accuracy, speed = load_evaluations(manifest), load_benchmarks(manifest)
     records = {stage: Measured(receipts.get(stage)) for stage in STAGES}
     context: dict[str, Any] = {
         **records,
         "name": manifest.name,
+        "built": built,
         "release": release,
         "scheme": release.scheme[0],
         "format": describe_format(release),
@@ -121,6 +125,8 @@ def render_card(
         "compromises": list_compromises(release),
         "stages": list(records.items()),
         "total": add_up(records),
+        "uncalibrated": is_uncalibrated(records),
+        "fixes": bind_fixes(manifest),
         "health": list(records["calibrate"].circumstances.health),
         "checks": describe_checks(records["verify"]),
         "checks_run": count_run(records["verify"]),
@@ -130,7 +136,7 @@ def render_card(
         "engines": [describe_engine(check) for check in engines],
         "accuracy": accuracy,
         "speed": speed,
-        **describe_results(release, accuracy, speed),
+        **describe_results(release, accuracy, speed, built=built),
         **describe_snippets(release),
         "size": records["plan"].circumstances.serving,
     }
@@ -196,6 +202,12 @@ def add_up(records: Mapping[str, Measured]) -> Measured:
             "peak_bytes": None if None in peaks else max(peaks),
         }
     )
+
+
+def is_uncalibrated(records: Mapping[str, Measured]) -> bool:
+    """Whether a release needs no calibration, by what was recorded of it or, before that, by its plan."""
+    calibrated, planned = records["calibrate"].facts, records["plan"].circumstances.calibrate_memory
+    return not calibrated.rows if calibrated else planned.value == 0
 
 
 def describe_checks(verify: Measured) -> list[tuple[str, str, Measured]]:
@@ -319,21 +331,30 @@ def list_compromises(release: Release) -> list[str]:
     return [sentence for holds, sentence in sentences if holds]
 
 
-def describe_results(release: Release, accuracy: Accuracy, speed: Benchmarks) -> dict[str, Any]:
-    """Where the tables' figures come from: a line for each file of results, and what was run for them."""
+def describe_results(release: Release, accuracy: Accuracy, speed: Benchmarks, *, built: bool) -> dict[str, Any]:
+    """Where the tables' figures come from, and what was run for them.
+
+    What is published under this release's own name stands for another build as long as this one has not been built.
+    """
     sides = (("Base model", accuracy.base), ("This model", accuracy.quantized))
     files = {(side, results.file): results for side, found in sides for results in found}
     results: list[Results | Speed] = [*files.values(), *speed.sources]
+    ours = release.repo if built else None
+    speed_sources: dict[tuple[str, str, str, bool], list[str]] = {}
+    for found in speed.sources:
+        elsewhere = found.model in speed.elsewhere or (not built and found.model == release.repo and bool(found.source))
+        speed_sources.setdefault((found.tool, found.source, found.date, elsewhere), []).append(found.model)
     return {
-        "accuracy_sources": [(side, found, is_elsewhere(release, side, found)) for (side, _), found in files.items()],
+        "accuracy_sources": [(side, found, is_elsewhere(ours, side, found)) for (side, _), found in files.items()],
+        "speed_sources": speed_sources,
         "result_notes": list(dict.fromkeys(note for found in results for note in found.notes)),
         "result_commands": list(dict.fromkeys(command for found in results for command in found.commands)),
     }
 
 
-def is_elsewhere(release: Release, side: str, results: Results) -> bool:
+def is_elsewhere(ours: str | None, side: str, results: Results) -> bool:
     """Whether published figures that stand for this release are of another build's files."""
-    return side == "This model" and bool(results.source) and results.model != release.repo
+    return side == "This model" and bool(results.source) and results.model != ours
 
 
 ENGINE_ARGUMENTS: Final = {
@@ -555,7 +576,8 @@ def spell_layers(shard: Mapping[str, int]) -> str:
 
 def spell_ordinal(shard: Mapping[str, int]) -> str:
     """A shard's number, counted from one, as on the terminal."""
-    return NOT_MEASURED if shard.get("shard") is None else str(shard["shard"] + 1)
+    number = shard.get("shard", shard.get("index"))
+    return NOT_MEASURED if number is None else str(number + 1)
 
 
 def spell_score(score: Score | None) -> str:
@@ -610,7 +632,7 @@ FILTERS: Final[Mapping[str, Callable[..., Escaped]]] = {
     "number": show(lambda number: f"{number:.6g}"),
     "fixed": show(lambda number, digits: f"{number:.{digits}f}"),
     "percent": show(lambda number: f"{number:.1f} %"),
-    "amount": show(lambda number: spell_with_prefix(number, ("", "k", "M", "B", "T"))),
+    "amount": show(lambda number: spell_with_prefix(number, ("", "thousand", "million", "billion", "trillion"))),
     "size": show(lambda number: spell_with_prefix(number, ("B", "kB", "MB", "GB", "TB"))),
     "duration": show(spell_duration),
     "date": show(lambda moment: moment[:10]),

@@ -13,11 +13,12 @@ from builder.progress import SUFFIX
 from builder.render import CARD_FILES
 from builder.stages.workspace import Workspace
 
+PREVIEW = "preview"
 LEFT = {
     "calibrate": ("calibration",),
     "quantize": ("parts",),
     "assemble": ("draft", "artifact.old", "artifact"),
-    "card": tuple(f"artifact/{name}" for name in (*CARD_FILES, *ATTESTATIONS)),
+    "card": (*(f"artifact/{name}" for name in (*CARD_FILES, *ATTESTATIONS)), PREVIEW),
 }
 HELD = ".held"
 TRIFLES = {HELD, "traceback.txt"}
