@@ -340,13 +340,13 @@ def describe_results(release: Release, accuracy: Accuracy, speed: Benchmarks, *,
     files = {(side, results.file): results for side, found in sides for results in found}
     results: list[Results | Speed] = [*files.values(), *speed.sources]
     ours = release.repo if built else None
-    speed_sources: dict[tuple[str, str, str, bool], list[str]] = {}
+    speed_sources: dict[tuple[str, str, str, bool], dict[str, None]] = {}  # models, each once and in their order
     for found in speed.sources:
         elsewhere = found.model in speed.elsewhere or (not built and found.model == release.repo and bool(found.source))
-        speed_sources.setdefault((found.tool, found.source, found.date, elsewhere), []).append(found.model)
+        speed_sources.setdefault((found.tool, found.source, found.date, elsewhere), {})[found.model] = None
     return {
         "accuracy_sources": [(side, found, is_elsewhere(ours, side, found)) for (side, _), found in files.items()],
-        "speed_sources": speed_sources,
+        "speed_sources": {key: list(models) for key, models in speed_sources.items()},
         "result_notes": list(dict.fromkeys(note for found in results for note in found.notes)),
         "result_commands": list(dict.fromkeys(command for found in results for command in found.commands)),
     }
