@@ -44,6 +44,7 @@ from builder.signing import PASSWORD
 from builder.stages import STAGES, Stage, Workspace, hold, is_current, run_stage
 from builder.stages.benchmark import benchmark
 from builder.stages.check_serving import check_serving, clean_check
+from builder.stages.preview import preview
 from builder.stages.reproduce import FOLDER, clean_reproduction, compare_with_place, reproduce
 from builder.stages.sign import check_signature, clean_signature, sign
 from builder.stages.stage import BUILDER, clean_stage
@@ -109,6 +110,7 @@ MEASURING = (URL, SIZE, PROMPTS, ALONE, OF_BASE)
 OPTIONS = tuple(f"--{option['long']}" for option in (RECALIBRATE, WITH, BASE, KEY, PUBLIC_KEY, JSON, *MEASURING))
 VALUED = tuple(f"--{option['long']}" for option in (WITH, BASE, KEY, PUBLIC_KEY, URL, SIZE, PROMPTS))
 BENCHMARK = "benchmark"
+PREVIEW = "preview"
 FORGETFUL = ("forget", "ignore", "reset-dep")  # doit's commands that would change its database
 
 
@@ -227,6 +229,7 @@ class Loader(TaskLoader2):  # type: ignore[misc]
             )
         tasks += make_checks(manifests)
         tasks += make_benchmarks(manifests)
+        tasks += make_previews(manifests)
         tasks += make_requests(sorted(map(name_release, RELEASES.glob(f"*{ENDING}"))), manifests)
         if cmd.execute_tasks:
             check_options(pos_args)
@@ -254,7 +257,7 @@ def refuse_command(command: str, names: Sequence[str]) -> None:
             "  in the command line\n"
             "  fix: delete a receipt to repeat its step; `doit clean STEP:NAME` takes away what the step left as well"
         )
-    groups = {CHECK, BENCHMARK} | {stage.name for stage in STAGES} | ON_REQUEST.keys()
+    groups = {CHECK, BENCHMARK, PREVIEW} | {stage.name for stage in STAGES} | ON_REQUEST.keys()
     if command == "clean" and (not names or groups.intersection(names)):
         raise InvalidCommand(
             "`doit clean` takes a release, or one step of a release\n"
@@ -440,6 +443,33 @@ def make_benchmark(manifest: Manifest | BuildError) -> Callable[..., TaskFailed 
         print(f"  {load.requests_per_s:.4g} requests/s, {load.output_tokens_per_s:.4g} tokens/s", end="")
         print(f", {load.latency_s:.4g} s a request, first token after {load.first_token_ms:.4g} ms (median)")
         print(f"  for `benchmarks` in {show_path(manifest.path)}; say which GPUs, and their price:\n  {entry}")
+        return None
+
+    return act
+
+
+def make_previews(manifests: Mapping[str, Manifest | BuildError]) -> list[Task]:
+    """`preview:NAME` for every release: its card before anything is built."""
+    doc = "the card as it will be, from manifest and plan alone, into build/NAME/preview"
+    tasks = [
+        Task(f"{PREVIEW}:{name}", [make_preview(manifest)], subtask_of=PREVIEW, doc=doc)
+        for name, manifest in manifests.items()
+    ]
+    every = [task.name for task in tasks]
+    return [*tasks, Task(PREVIEW, None, task_dep=every, has_subtask=True, doc=f"{doc} ({PREVIEW}:NAME)")]
+
+
+def make_preview(manifest: Manifest | BuildError) -> Callable[[], TaskFailed | None]:
+    def act() -> TaskFailed | None:
+        if isinstance(manifest, BuildError):
+            return fail(manifest)
+        try:
+            folder = preview(Workspace(manifest, BUILD / manifest.name))
+        except BuildError as error:
+            return fail(error)
+        except OSError as error:
+            return fail(explain_system(error, f"{PREVIEW}:{manifest.name}"))
+        print(f"  {folder / 'README.md'}: nothing was built; {len(list(folder.iterdir()))} files in all")
         return None
 
     return act

@@ -98,19 +98,23 @@ def render_card(
     """The files around the payload, by name: README.md; if there is a serve profile, what starts the server; and
     `.eval_results/` if the Hub is told scores.
 
-    receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else.
+    receipts: by stage; one that is missing, or lacks something, costs the card that figure and nothing else. With none
+    but the plan's, the card says that nothing has been built.
     reproductions: what rebuilds from the lock came to. engines: what those that were to serve it made of it.
     signature: `key_sha256` of the key that signed the payload.
     Raises BuildError or Problems for a serve profile that would not arrive as it is written, and for result files that
     cannot be read or may not be compared.
     """
-    release = manifest.release
+    from builder.fixes import bind_fixes
+
+    release, built = manifest.release, bool(receipts.keys() - {"plan"})
     accuracy, speed = load_evaluations(manifest), load_benchmarks(manifest)
     records = {stage: Measured(receipts.get(stage)) for stage in STAGES}
     health = list(records["calibrate"].circumstances.health)
     context: dict[str, Any] = {
         **records,
         "name": manifest.name,
+        "built": built,
         "release": release,
         "scheme": release.scheme[0],
         "format": describe_format(release),
@@ -126,6 +130,8 @@ def render_card(
         "cache_health": [row for row in health if row["keys"]],
         "cache": find_cache_scales(records["calibrate"]),
         "other_cache": find_other_cache(release.serve),
+        "uncalibrated": is_uncalibrated(records),
+        "fixes": bind_fixes(manifest),
         "checks": describe_checks(records["verify"]),
         "checks_run": count_run(records["verify"]),
         "errors": find_severity(records["verify"], "error"),
@@ -134,7 +140,7 @@ def render_card(
         "engines": [describe_engine(check) for check in engines],
         "accuracy": accuracy,
         "speed": speed,
-        **describe_results(release, accuracy, speed),
+        **describe_results(release, accuracy, speed, built=built),
         **describe_snippets(release),
         "size": records["plan"].circumstances.serving,
         "signature": Measured(signature),
@@ -209,6 +215,12 @@ def find_cache_scales(calibrate: Measured) -> Measured:
     measured = [kinds for kinds in (calibrate.facts.amax.value or {}).values() if "key" in kinds]
     scales = {kind: [float.fromhex(kinds[kind]) / 448 for kinds in measured] for kind in ("key", "value")}
     return Measured({f"{kind}s": {"least": min(own), "largest": max(own)} for kind, own in scales.items() if own})
+
+
+def is_uncalibrated(records: Mapping[str, Measured]) -> bool:
+    """Whether a release needs no calibration, by what was recorded of it or, before that, by its plan."""
+    calibrated, planned = records["calibrate"].facts, records["plan"].circumstances.calibrate_memory
+    return not calibrated.rows if calibrated else planned.value == 0
 
 
 def describe_checks(verify: Measured) -> list[tuple[str, str, Measured]]:
@@ -338,21 +350,30 @@ def find_other_cache(serve: Serve | None) -> str | None:
     return None if wanted in ("auto", "fp8", "fp8_e4m3") else wanted
 
 
-def describe_results(release: Release, accuracy: Accuracy, speed: Benchmarks) -> dict[str, Any]:
-    """Where the tables' figures come from: a line for each file of results, and what was run for them."""
+def describe_results(release: Release, accuracy: Accuracy, speed: Benchmarks, *, built: bool) -> dict[str, Any]:
+    """Where the tables' figures come from, and what was run for them.
+
+    What is published under this release's own name stands for another build as long as this one has not been built.
+    """
     sides = (("Base model", accuracy.base), ("This model", accuracy.quantized))
     files = {(side, results.file): results for side, found in sides for results in found}
     results: list[Results | Speed] = [*files.values(), *speed.sources]
+    ours = release.repo if built else None
+    speed_sources: dict[tuple[str, str, str, bool], dict[str, None]] = {}  # models, each once and in their order
+    for found in speed.sources:
+        elsewhere = found.model in speed.elsewhere or (not built and found.model == release.repo and bool(found.source))
+        speed_sources.setdefault((found.tool, found.source, found.date, elsewhere), {})[found.model] = None
     return {
-        "accuracy_sources": [(side, found, is_elsewhere(release, side, found)) for (side, _), found in files.items()],
+        "accuracy_sources": [(side, found, is_elsewhere(ours, side, found)) for (side, _), found in files.items()],
+        "speed_sources": {key: list(models) for key, models in speed_sources.items()},
         "result_notes": list(dict.fromkeys(note for found in results for note in found.notes)),
         "result_commands": list(dict.fromkeys(command for found in results for command in found.commands)),
     }
 
 
-def is_elsewhere(release: Release, side: str, results: Results) -> bool:
+def is_elsewhere(ours: str | None, side: str, results: Results) -> bool:
     """Whether published figures that stand for this release are of another build's files."""
-    return side == "This model" and bool(results.source) and results.model != release.repo
+    return side == "This model" and bool(results.source) and results.model != ours
 
 
 ENGINE_ARGUMENTS: Final = {
@@ -586,7 +607,8 @@ def spell_layers(shard: Mapping[str, int]) -> str:
 
 def spell_ordinal(shard: Mapping[str, int]) -> str:
     """A shard's number, counted from one, as on the terminal."""
-    return NOT_MEASURED if shard.get("shard") is None else str(shard["shard"] + 1)
+    number = shard.get("shard", shard.get("index"))
+    return NOT_MEASURED if number is None else str(number + 1)
 
 
 def spell_score(score: Score | None) -> str:
@@ -642,7 +664,7 @@ FILTERS: Final[Mapping[str, Callable[..., Escaped]]] = {
     "rough": show(lambda number: f"{number:.3g}"),
     "fixed": show(lambda number, digits: f"{number:.{digits}f}"),
     "percent": show(lambda number: f"{number:.1f} %"),
-    "amount": show(lambda number: spell_with_prefix(number, ("", "k", "M", "B", "T"))),
+    "amount": show(lambda number: spell_with_prefix(number, ("", "thousand", "million", "billion", "trillion"))),
     "size": show(lambda number: spell_with_prefix(number, ("B", "kB", "MB", "GB", "TB"))),
     "duration": show(spell_duration),
     "date": show(lambda moment: moment[:10]),

@@ -478,10 +478,11 @@ def test_a_card_without_receipts_has_no_figure_at_all(tmp_path: Path) -> None:
     path = tmp_path / "plain.yaml"
     path.write_text("{manifest: 1, title: Plain, repo: a/b, base: {path: c, licenses: [mit]}, scheme: {name: nvfp4}}")
     card = render_card(load_manifest(path), {}, write_obligations(tmp_path, ("mit",)))["README.md"]
-    for row in ("Architecture", "Dimensions", "Parameters", "Original size", "Quantized size", "Date", "Payload"):
+    for row in ("Architecture", "Dimensions", "Parameters", "Original size", "Quantized size", "Calibration data"):
         assert re.search(rf"^\| {row} \| .*not measured", card, re.MULTILINE), row
+    assert "> **Nothing has been built yet: this card is a preview.**" in card and "| Date | not built yet |" in card
     card = re.sub(r"```python.*?```", "", card, flags=re.DOTALL)  # numbers of a program are no figures
-    assert re.findall(r"\d+", re.sub(r"NVFP4|W4A4|E2M1|FP8|FP32|sha256|nvfp4|w4a4", "", card)) == [
+    assert re.findall(r"\d+", re.sub(r"NVFP4|W4A4|E2M1|FP8|FP32|sha256|nvfp4|w4a4|bf16", "", card)) == [
         "4",
         "16",
         "16",
@@ -507,7 +508,7 @@ def test_the_card_tells_the_range_of_the_scales_of_a_kv_cache(folder: Path, obli
     assert row(other) == f"{plain}, but not as it is served below, with `bfloat16` |"
     cached = write_manifest(folder, kv_cache="fp8")
     unmeasured = render_card(cached, {}, obligations)["README.md"]
-    assert "keys not measured to not measured, values not measured to not measured" in unmeasured
+    assert "`fp8`; scales to be measured on the calibration rows. vLLM takes them from config.json" in unmeasured
     alone = replace_at(("calibrate", "circumstances", "health"), lambda _: rows)
     card = render_card(cached, alone, obligations)["README.md"]
     assert "| 1 | 0 to 2 | 3 of 280 | 1 / 0 / 2 | 2 of 280 | 1 / 0 / 2 |" in card
@@ -546,7 +547,7 @@ def test_every_filter_says_that_nothing_was_measured(name: str) -> None:
         ("size", 999_600, "1.00 MB"),
         ("size", 42_723_456_789, "42.7 GB"),
         ("size", 141_107_412_992, "141 GB"),
-        ("amount", 70_553_706_496, "70.6 B"),
+        ("amount", 70_553_706_496, "70.6 billion"),
         ("amount", 12, "12"),
         ("count", 8192, "8192"),
         ("count", 128_256, "128,256"),

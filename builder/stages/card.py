@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from builder.base import find_legal_files
@@ -77,15 +79,20 @@ def run(workspace: Workspace) -> Outcome:
     files |= attest(workspace)
     for name in set(BESIDE) - files.keys():
         (workspace.artifact / name).unlink(missing_ok=True)
-    for name, text in files.items():
-        write_atomic(workspace.artifact / name, text)
-        if name.endswith(".sh"):
-            (workspace.artifact / name).chmod(0o755)
+    write_files(workspace.artifact, files)
     name = workspace.manifest.name
     lines = (f"warning: the signature there is was of another payload; `doit sign:{name}` makes a new one",)
     stale = signature is None and workspace.receipt("sign") is not None
     facts = {"files": {name: sha256_file(workspace.artifact / name) for name in sorted(files)}}
     return Outcome(facts, {}, lines if stale else ())
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write rendered files into a folder; scripts can be run."""
+    for name, text in files.items():
+        write_atomic(folder / name, text)
+        if name.endswith(".sh"):
+            (folder / name).chmod(0o755)
 
 
 def is_intact(workspace: Workspace) -> bool:

@@ -12,11 +12,12 @@ from builder.lock import BESIDE
 from builder.progress import SUFFIX
 from builder.stages.workspace import Workspace
 
+PREVIEW = "preview"
 LEFT = {
     "calibrate": ("calibration",),
     "quantize": ("parts",),
     "assemble": ("draft", "artifact.old", "artifact"),
-    "card": tuple(f"artifact/{name}" for name in BESIDE),
+    "card": (*(f"artifact/{name}" for name in BESIDE), PREVIEW),
 }
 HELD = ".held"
 TRIFLES = {HELD, "traceback.txt"}

@@ -242,6 +242,11 @@ def run(workspace: Workspace, *, with_data: bool = True) -> Outcome:
     """with_data: whether calibration rows and held-out text will be read, and so have to be there."""
     if base := locate_base(workspace.manifest):
         begin_hashing(base, workspace.circumstances("fetch").get("files", {}))  # for `fetch`; the plan takes a while
+    return lay_out(workspace, with_data=with_data)
+
+
+def lay_out(workspace: Workspace, *, with_data: bool) -> Outcome:
+    """The plan and what it takes, from small files alone; see `run`."""
     plan = make_plan(workspace)
     of_licenses = warn_of_licenses(workspace)
     if with_data:
