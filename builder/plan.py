@@ -293,7 +293,8 @@ def check_parts(manifest: Manifest, scheme: Mixed, architecture: Architecture, i
         if not own:
             where = manifest.where("scheme", index, "match")
             what = f"{pattern} matches no linear that is left" if pattern else "no linear is left for the last scheme"
-            problems.append(ManifestError(what, where, "remove this scheme, or change what is matched before it"))
+            fix = "remove it, or match more: whole names of linears, or a pattern such as re:.*down_proj"
+            problems.append(ManifestError(what, where, fix))
     for group in groups:
         parts = {linear: scheme.find_part(linear) for linear in group}
         first, other = group[0], next((linear for linear in group if parts[linear] != parts[group[0]]), None)
