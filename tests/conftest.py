@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def refresh_goldens(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--refresh-goldens"))
+
+
+def hear_signals() -> None:
+    """In a process that is about to start: signals are not ignored, though whoever runs the tests may ignore some."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def release_writer(folder: Path) -> Callable[..., Path]:

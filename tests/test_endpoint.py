@@ -196,7 +196,10 @@ def test_the_result_is_kept_beside_the_manifest_with_the_entry_for_it(
     assert load_manifest(manifest).release.benchmarks[0].file == "tiny/speed-quantized-64-16-one.json"
 
 
-def test_what_cannot_be_asked_for_is_told(workspace: Workspace, write_release: Callable[..., Path]) -> None:
+def test_what_cannot_be_asked_for_is_told(
+    workspace: Workspace, write_release: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVING_PYTHON", sys.executable)
     for size in ("64", "0/16", "a/b", "1/2/3"):
         with pytest.raises(BuildError, match="4 prompts of size"):
             measure(workspace, "", size)

@@ -19,6 +19,7 @@ from typing import Any
 import executor_work
 import psutil
 import pytest
+from conftest import hear_signals
 
 from builder.errors import ExecutorError, ManifestError, Problems
 from builder.executors import EXECUTORS, Executor, make_executor
@@ -226,10 +227,15 @@ def builder_running(make: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     builder = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_signals,
     )
     try:
-        assert wait_until(lambda: len(read_pids(folder)) == 4, timeout_s=30)
+        assert wait_until(lambda: len(read_pids(folder)) == 4, timeout_s=120)
         assert all(is_running(pid) for pid in read_pids(folder))
         yield builder
     finally:

@@ -387,7 +387,7 @@ not YAML: expected ',' or ']', but got ':' while parsing a flow sequence that be
 unknown key shard
   in releases/tiny.yaml:23:8: shard: 2
   fix: did you mean shards? Valid: base, benchmarks, calibration, card, compatibility, device, evaluation, executor, \
-files, fixes, llama_swap, manifest, perplexity, repo, sampling, scheme, serve, shards, title
+files, fixes, kv_cache, llama_swap, manifest, perplexity, repo, sampling, scheme, serve, shards, title
 """,
     "wrong type": """\
 calibration.samples must be a whole number, not many

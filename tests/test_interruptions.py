@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import test_graph
 import torch
-from conftest import build
+from conftest import build, hear_signals
 from crash import list_session
 from test_graph import QUICK, ROOT, STEPS, Run, digest_payload, flip_byte, is_done
 
@@ -52,7 +52,7 @@ def start(project: Path, *command: str, **options: Any) -> subprocess.Popen[str]
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        **options,
+        **{"preexec_fn": hear_signals, **options},
     )
 
 
