@@ -99,9 +99,9 @@ def tell_serving(size: Mapping[str, Any] | None) -> list[tuple[str, str]]:
             text += f", {size['num_sequences']:,} sequences of {size['context']:,}"
         rows.append(("KV cache", text))
     for speed in size["speeds"]:
-        text = f"at most {speed['at_start']:.1f} tokens/s for one stream"
+        text = f"at most {speed['at_start']:,.1f} tokens/s for one stream"
         if speed["at_context"] is not None:
-            text += f", {speed['at_context']:.1f} at {size['context']:,} tokens"
+            text += f", {speed['at_context']:,.1f} at {size['context']:,} tokens"
         label = f"{speed['num_devices']}, tensor parallel" if speed["tensor_parallel"] else "one device"
         rows.append((label, text if speed["fits"] else "does not fit"))
     return rows
