@@ -151,6 +151,15 @@ def check_context(serve: Serve, config: Mapping[str, Any], positions: int | None
         raise ManifestError(what, where("serve", "args", "max-model-len"), f"set it to {most} or less, or leave it out")
 
 
+def check_heads(serve: Serve, num_heads: int | None, where: Callable[..., str]) -> None:
+    """Refuse devices that vLLM could not share the attention heads among. Raises ManifestError."""
+    asked = read_amount(str(serve.args.get("tensor-parallel-size", "1")))
+    if asked and num_heads and num_heads % asked:
+        what = f"{num_heads} attention heads are not shared evenly by {asked} devices, and vLLM would not start"
+        fits = ", ".join(str(count) for count in range(1, min(num_heads, 16) + 1) if num_heads % count == 0)
+        raise ManifestError(what, where("serve", "args", "tensor-parallel-size"), f"use one of {fits}")
+
+
 def find_hardware(serve: Serve, where: Callable[..., str]) -> Hardware | None:
     """The hardware that a profile is sized for. Raises ManifestError for a name there is none of."""
     if serve.hardware is None:

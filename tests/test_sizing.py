@@ -20,6 +20,7 @@ from builder.sizing import (
     REFERENCE,
     Rates,
     check_context,
+    check_heads,
     kv_bytes_per_token,
     list_hardware,
     read_amount,
@@ -187,6 +188,20 @@ def test_more_context_than_the_model_was_made_for_is_refused(
     assert ": serve.args.max-model-len: 32768" in caught.value.where
     check(str(most + 1), {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"})
     check(str(most + 1), **{"hf-overrides": "{}"})
+
+
+def test_devices_that_cannot_share_the_heads_are_refused(seventy_b: tuple[Manifest, Plan]) -> None:
+    manifest, plan = seventy_b
+    serve = manifest.release.serve
+    assert serve is not None
+    for count, heads in (("2", 64), ("8", 64), ("3", 96), ("3", None)):
+        check_heads(serve.model_copy(update={"args": {"tensor-parallel-size": count}}), heads, manifest.where)
+    check_heads(serve, 64, manifest.where)
+    with pytest.raises(ManifestError) as caught:
+        three = serve.model_copy(update={"args": {"tensor-parallel-size": "3"}})
+        check_heads(three, plan.architecture.facts["num_attention_heads"], manifest.where)
+    assert caught.value.what == "64 attention heads are not shared evenly by 3 devices, and vLLM would not start"
+    assert caught.value.fix == "use one of 1, 2, 4, 8, 16"
 
 
 def test_every_machine_says_where_its_numbers_are_from() -> None:
