@@ -290,7 +290,11 @@ def check_names(asked: Sequence[str], valid: Sequence[str]) -> None:
         if f"{RELEASE}:{name}" in valid:
             name = f"{RELEASE}:{name}"
             raise InvalidCommand(f"a release alone is no task\n  in the command line\n  fix: did you mean {name}?")
-        steps = [other for other in public if other.partition(":")[0] == name.partition(":")[0]]
+        step, _, release = name.partition(":")
+        steps = [other for other in public if other.partition(":")[0] == step]
+        if steps and f"{RELEASE}:{release}" in valid:
+            what = f"{release} has no lock, which {step} works from"
+            raise InvalidCommand(f"{what}\n  in the command line\n  fix: doit {RELEASE}:{release} writes it")
         close = difflib.get_close_matches(name, public, n=1, cutoff=0.5)
         near = (
             f"did you mean {close[0]}? `doit list` shows what there is" if close else "`doit list` shows what there is"

@@ -120,6 +120,8 @@ def check_option(engine: Options, name: str, value: bool | str | tuple[str, ...]
         return f"{name} takes one value, not a list", "write one value (JSON goes in single quotes)"
     for text in value if isinstance(value, tuple) else (value,):
         if not dot and (expected := check_value(engine, name, option, text)):
+            if name == "quantization":
+                expected = f"{expected}; or leave it out: vLLM reads it from config.json"
             return f"{name} of vLLM {engine.version} cannot be {text or 'an empty text'}", f"write {expected}"
     return None
 

@@ -80,7 +80,9 @@ def find_place(text: str, where: str) -> Place:
     if match := HUB_PLACE.fullmatch(text):
         return Place(where, repo=match["repo"], revision=match["revision"])
     raise BuildError(
-        f"{text or 'nothing'} is neither a folder nor a Hub repository at a commit",
+        f"{text} is neither a folder nor a Hub repository at a commit"
+        if text
+        else "it is not said what to compare with",
         where,
         "give a folder, or owner/name@ and the 40 hexadecimal digits of the commit",
     )

@@ -141,7 +141,7 @@ def is_beside(name: str) -> bool:
 
 def compare_files(found: Mapping[str, str], wanted: Mapping[str, str], where: str, what: str) -> list[VerifyError]:
     """What is wrong with files that have to be others', a finding each. what: how the wanted ones are called."""
-    fix = "restore the files, or build and sign them again"
+    fix = "restore the files, download them again, or build and sign them again"
     problems = []
     for name in sorted(found.keys() | wanted.keys()):
         if name not in found:
@@ -170,7 +170,8 @@ def check_private_key(path: Path, password: str | None) -> bytes | None:
         key = load_pem_private_key(pem, needed)
     except ValueError as error:
         why = f" with the password in {PASSWORD}" if encrypted else ""
-        raise BuildError(f"{path} cannot be read as a private key{why}", "the private key", MAKE_KEY) from error
+        fix = f"correct {PASSWORD}, or name another key" if encrypted else MAKE_KEY
+        raise BuildError(f"{path} cannot be read as a private key{why}", "the private key", fix) from error
     check_curve(key, path, "private")
     return needed
 

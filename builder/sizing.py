@@ -23,6 +23,7 @@ HARDWARE = Path(__file__).parent / "data" / "hardware.json"
 MEMORY_SHARE = 0.92  # of the memory, that vLLM 0.32 takes where --gpu-memory-utilization does not say
 KV_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+STRETCHED = ("llama3", "longrope", "su")  # RoPE whose factor is in max_position_embeddings already, for every vLLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,44 @@ def read_positive(args: Mapping[str, str], name: str, default: float, where: Cal
         return float(args[name])
     what = f"{name} must be a number above 0, not {args[name]}"
     raise ManifestError(what, where("serve", "args", name), "write a number, or leave it out")
+
+
+def longest_context(config: Mapping[str, Any], positions: int) -> int:
+    """The most tokens vLLM takes for a sequence: the model's positions, and what its RoPE config adds to them."""
+    text = config.get("text_config") or config
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    entries = [rope, *(entry for entry in rope.values() if isinstance(entry, Mapping))]
+    factors = [
+        entry.get("factor") or 1 for entry in entries if entry.get("rope_type", entry.get("type")) not in STRETCHED
+    ]
+    return max(int(positions * max([1, *factors])), text.get("model_max_length") or 0)
+
+
+def check_context(serve: Serve, config: Mapping[str, Any], positions: int | None, where: Callable[..., str]) -> None:
+    """Refuse a context that vLLM would not start with. Raises ManifestError.
+
+    Not judged: a config that the profile changes, and a profile that insists (VLLM_ALLOW_LONG_MAX_MODEL_LEN).
+    """
+    asked = read_amount(str(serve.args.get("max-model-len", "auto")))
+    insists = serve.env.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0"
+    if (
+        not (asked and positions)
+        or insists
+        or any(name.startswith(("hf-overrides", "hf-config-path")) for name in serve.args)
+    ):
+        return
+    if asked > (most := longest_context(config, positions)):
+        what = f"{asked} tokens of context, but the model was made for {most}, and vLLM would not start"
+        raise ManifestError(what, where("serve", "args", "max-model-len"), f"set it to {most} or less, or leave it out")
+
+
+def check_heads(serve: Serve, num_heads: int | None, where: Callable[..., str]) -> None:
+    """Refuse devices that vLLM could not share the attention heads among. Raises ManifestError."""
+    asked = read_amount(str(serve.args.get("tensor-parallel-size", "1")))
+    if asked and num_heads and num_heads % asked:
+        what = f"{num_heads} attention heads are not shared evenly by {asked} devices, and vLLM would not start"
+        fits = ", ".join(str(count) for count in range(1, min(num_heads, 16) + 1) if num_heads % count == 0)
+        raise ManifestError(what, where("serve", "args", "tensor-parallel-size"), f"use one of {fits}")
 
 
 def find_hardware(serve: Serve, where: Callable[..., str]) -> Hardware | None:

@@ -12,6 +12,7 @@ from builder.comparison import fold_layers, is_same
 from builder.differences import list_changes, show_value
 from builder.licenses import LICENSES, name_warnings, tell_source, unique
 from builder.manifest import Manifest, show_path
+from builder.pins import find_open
 from builder.stages import STAGES, Workspace
 
 LONGEST_FILE_LIST = 12
@@ -49,6 +50,7 @@ def print_plan(workspace: Workspace, console: Console) -> None:
         ("size", f"{show_bytes(plan['base_num_bytes'])} -> {show_bytes(plan['num_bytes'])}"),
         ("tensors", f"{plan['num_tensors']:,} in {len(plan['files'])} file{'s' * (len(plan['files']) > 1)}"),
         ("disk", f"{show_bytes(aside['disk_needed'])} needed, {show_bytes(aside['disk_free'])} free"),
+        *tell_hub(workspace.manifest, plan["base_num_bytes"]),
         ("work", tell_work(aside["work"])),
         ("time", tell_time(aside["work"])),
         *tell_serving(aside["serving"]),
@@ -59,6 +61,18 @@ def print_plan(workspace: Workspace, console: Console) -> None:
     console.print(facts, highlight=False)
     console.print(tabulate_shards(aside), highlight=False)
     console.print(tabulate_files(plan["files"]), highlight=False)
+
+
+def tell_hub(manifest: Manifest, num_bytes: int) -> list[tuple[str, str]]:
+    """What comes from the Hub, beside what the build needs; what has to be pinned before anything can be fetched."""
+    rows = []
+    if manifest.release.base.path is None:
+        rows.append(
+            ("from the Hub", f"the base, {show_bytes(num_bytes)} in the Hub's cache, unless it is there already")
+        )
+    if open_pins := " and ".join(f"{pin.section}.revision" for pin in find_open(manifest)):
+        rows.append(("to be pinned", f"{open_pins}: `doit pin:{manifest.name}`, before anything is fetched"))
+    return rows
 
 
 def tell_work(work: Mapping[str, Any]) -> str:
@@ -99,9 +113,9 @@ def tell_serving(size: Mapping[str, Any] | None) -> list[tuple[str, str]]:
             text += f", {size['num_sequences']:,} sequences of {size['context']:,}"
         rows.append(("KV cache", text))
     for speed in size["speeds"]:
-        text = f"at most {speed['at_start']:.1f} tokens/s for one stream"
+        text = f"at most {speed['at_start']:,.1f} tokens/s for one stream"
         if speed["at_context"] is not None:
-            text += f", {speed['at_context']:.1f} at {size['context']:,} tokens"
+            text += f", {speed['at_context']:,.1f} at {size['context']:,} tokens"
         label = f"{speed['num_devices']}, tensor parallel" if speed["tensor_parallel"] else "one device"
         rows.append((label, text if speed["fits"] else "does not fit"))
     return rows

@@ -55,7 +55,7 @@ RELEASES: dict[str, dict[str, Any]] = {
 PROFILE = {
     "version": "0.32",
     "model_path": "/models/tiny",
-    "args": {"max-model-len": "4096", "max-num-seqs": "4", "kv-cache-dtype": "fp8", "gpu-memory-utilization": "0.8"},
+    "args": {"max-model-len": "512", "max-num-seqs": "4", "kv-cache-dtype": "fp8", "gpu-memory-utilization": "0.8"},
 }
 
 

@@ -528,6 +528,16 @@ ERROR: there is no task release:tyni
     assert "did you mean release:tiny?" in doit("tiny").err
 
 
+def test_what_needs_a_lock_says_so_of_a_release_without_one(doit: Run, write_release: Callable[..., Path]) -> None:
+    manifest = write_release()
+    manifest.with_name("other.yaml").write_bytes(manifest.read_bytes())
+    manifest.with_name("other.lock.json").write_text("{}")
+    assert doit("reproduce:tiny").err == (
+        "ERROR: tiny has no lock, which reproduce works from\n"
+        "  in the command line\n  fix: doit release:tiny writes it\n"
+    )
+
+
 def test_names_that_lead_out_of_the_folder_are_no_tasks(
     doit: Run, project: Path, write_release: Callable[..., Path]
 ) -> None:
@@ -663,7 +673,7 @@ def test_mistakes_in_what_is_requested_are_told(doit: Run, project: Path, write_
     build(write_release(**QUICK), project / "build" / "tiny", "lock", without=("verify", "perplexity"))
     assert "did you mean reproduce:tiny? Valid: reproduce, reproduce:tiny" in doit("reproduce:tyni").err
     assert doit("compare:tiny").err == (
-        "nothing is neither a folder nor a Hub repository at a commit\n"
+        "it is not said what to compare with\n"
         "  in the command line: --with\n"
         "  fix: give a folder, or owner/name@ and the 40 hexadecimal digits of the commit\n"
     )

@@ -84,6 +84,8 @@ def test_the_published_packing_comes_out(tmp_path: Path) -> None:
     shown = [" ".join(line.split()) for line in text.getvalue().splitlines()]
     assert "tensors 2,403 in 8 files" in shown
     assert "size 141 GB -> 42.7 GB" in shown
+    assert "from the Hub the base, 141 GB in the Hub's cache, unless it is there already" in shown
+    assert "to be pinned base.revision: `doit pin:deepseek-r1-70b-as-published`, before anything is fetched" in shown
     assert "KV cache 163,840 bytes per token: room for 376,857 tokens, 11 sequences of 32,768" in shown
     assert "one device at most 6.7 tokens/s for one stream, 5.9 at 32,768 tokens" in shown
     assert "time about 3 min to quantize, as on 2 cores of an AMD EPYC without a GPU" in shown

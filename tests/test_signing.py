@@ -163,7 +163,7 @@ def test_a_key_may_be_encrypted(copy: Path, curve: ec.EllipticCurve) -> None:
     )
     assert fail_to_sign(password="wrong") == (
         "publisher.pem cannot be read as a private key with the password in SIGNING_KEY_PASSWORD\n"
-        f"  in the private key\n  fix: {MAKE_KEY}"
+        "  in the private key\n  fix: correct SIGNING_KEY_PASSWORD, or name another key"
     )
     sign(MANIFEST, BUILD, KEY, "s3cret")
     check_signature(LOCK, BUILD, PUBLIC, None)
@@ -296,7 +296,7 @@ def test_a_file_that_is_not_the_signed_one_is_named(signed: Path) -> None:
     assert fail_to_check() == (
         f"{name} is not the signed one (sha256 {found}, signed {wanted})\n"
         "  in build/tiny/artifact\n"
-        "  fix: restore the files, or build and sign them again"
+        "  fix: restore the files, download them again, or build and sign them again"
     )
 
 
@@ -305,7 +305,7 @@ def test_files_that_are_missing_or_too_many_are_named_together(signed: Path) -> 
     (ARTIFACT / "pytorch_model.bin").write_bytes(b"\x80")
     assert fail_to_check() == (
         "NOTICE is signed, and missing\n  in build/tiny/artifact\n"
-        "  fix: restore the files, or build and sign them again\n"
+        "  fix: restore the files, download them again, or build and sign them again\n"
         "pytorch_model.bin is not signed\n  in build/tiny/artifact\n  fix: take it away"
     )
 

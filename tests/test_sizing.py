@@ -19,6 +19,8 @@ from builder.sizing import (
     HARDWARE,
     REFERENCE,
     Rates,
+    check_context,
+    check_heads,
     kv_bytes_per_token,
     list_hardware,
     read_amount,
@@ -152,6 +154,54 @@ def test_only_tensor_parallelism_adds_bandwidth(in_fp8: tuple[Manifest, Plan]) -
 def test_counts_are_read_as_vllm_reads_them() -> None:
     texts = ("32768", "32k", "32K", "25.6k", "1M", "auto", "-1")
     assert [read_amount(text) for text in texts] == [32768, 32000, 32768, 25600, 1 << 20, None, None]
+
+
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        ({}, 512),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 512),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 512),
+        ({"rope_scaling": {"type": "linear", "factor": 2.5}}, 1280),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}, "other": {}}}, 2048),
+        ({"text_config": {"rope_scaling": {"type": "dynamic", "factor": 2.0}}}, 1024),
+        ({"model_max_length": 4096}, 4096),
+    ],
+)
+def test_more_context_than_the_model_was_made_for_is_refused(
+    rope: dict[str, Any], most: int, seventy_b: tuple[Manifest, Plan]
+) -> None:
+    manifest, _ = seventy_b
+    serve = manifest.release.serve
+    assert serve is not None
+
+    def check(length: str, env: dict[str, str] | None = None, **args: str) -> None:
+        changed = serve.model_copy(update={"args": {"max-model-len": length, **args}, "env": env or {}})
+        check_context(changed, rope, 512, manifest.where)
+
+    for length in (str(most), "auto", "-1"):
+        check(length)
+    with pytest.raises(ManifestError) as caught:
+        check(str(most + 1))
+    what = f"{most + 1} tokens of context, but the model was made for {most}, and vLLM would not start"
+    assert (caught.value.what, caught.value.fix) == (what, f"set it to {most} or less, or leave it out")
+    assert ": serve.args.max-model-len: 32768" in caught.value.where
+    check(str(most + 1), {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"})
+    check(str(most + 1), **{"hf-overrides": "{}"})
+
+
+def test_devices_that_cannot_share_the_heads_are_refused(seventy_b: tuple[Manifest, Plan]) -> None:
+    manifest, plan = seventy_b
+    serve = manifest.release.serve
+    assert serve is not None
+    for count, heads in (("2", 64), ("8", 64), ("3", 96), ("3", None)):
+        check_heads(serve.model_copy(update={"args": {"tensor-parallel-size": count}}), heads, manifest.where)
+    check_heads(serve, 64, manifest.where)
+    with pytest.raises(ManifestError) as caught:
+        three = serve.model_copy(update={"args": {"tensor-parallel-size": "3"}})
+        check_heads(three, plan.architecture.facts["num_attention_heads"], manifest.where)
+    assert caught.value.what == "64 attention heads are not shared evenly by 3 devices, and vLLM would not start"
+    assert caught.value.fix == "use one of 1, 2, 4, 8, 16"
 
 
 def test_every_machine_says_where_its_numbers_are_from() -> None:

@@ -26,7 +26,16 @@ from builder.licenses import LICENSES, WARNING_IDS, Obligations, bind_licenses, 
 from builder.manifest import Manifest
 from builder.plan import Plan, PlannedFile, plan_release
 from builder.schemes import bind_scheme
-from builder.sizing import REFERENCE, Rates, find_hardware, size_build, size_serving, warn_of_serving
+from builder.sizing import (
+    REFERENCE,
+    Rates,
+    check_context,
+    check_heads,
+    find_hardware,
+    size_build,
+    size_serving,
+    warn_of_serving,
+)
 from builder.stages.jobs import name_executor
 from builder.stages.stage import Outcome, Stage, describe_host, keep_nothing
 from builder.stages.workspace import Workspace
@@ -72,6 +81,10 @@ def make_plan(workspace: Workspace, base: Path | None = None) -> Plan:
     where = manifest.where("base", "path" if manifest.release.base.path else "model")
     plan = plan_release(manifest, bind_scheme(manifest), recall_architecture(config, where), headers)
     check_template(manifest, config, plan)
+    if serve := manifest.release.serve:
+        facts = plan.architecture.facts
+        check_context(serve, config, facts.get("max_position_embeddings"), manifest.where)
+        check_heads(serve, facts.get("num_attention_heads"), manifest.where)
     return plan
 
 
