@@ -41,6 +41,9 @@ class LLM:
     def __init__(self, folder, **options):
         print("loading", flush=True)
         time.sleep(behaviour.get("loading_s", 0))
+        if behaviour.get("killed_at") == folder:
+            print("terribly sorry", flush=True)
+            os._exit(137)
         if "refusal" in behaviour:
             raise ValueError(behaviour["refusal"] + folder)
         self.llm_engine = Made(engine_core=Made(shutdown=lambda: None))
@@ -236,9 +239,11 @@ def test_a_server_that_hangs_is_waited_for_and_ended(
 ) -> None:
     behave(stopped=True)
     monkeypatch.setattr("builder.server.ANSWER_S", 0.5)
+    began = time.monotonic()
     with pytest.raises(VerifyError) as caught, start(engine, tmp_path) as server:
         server.ask("/v1/completions", {})
     assert caught.value.what == "the server did not answer: timed out"
+    assert time.monotonic() - began < 25  # it was not waited for until it had to be killed
     assert nothing_is_left(tmp_path)
 
 
@@ -257,6 +262,16 @@ def test_losses_and_refusals_come_back_from_the_engines_process(engine: Engine, 
     [refused] = read_artifacts(engine, [tmp_path / "x"], [], tmp_path / "log")
     assert refused == Refusal(error=f"ValueError: no such thing: {tmp_path / 'x'}")
     assert nothing_is_left(tmp_path)
+
+
+def test_an_engine_that_dies_is_told_with_the_artifact_that_it_had(
+    engine: Engine, behave: Behave, tmp_path: Path
+) -> None:
+    behave(killed_at=str(tmp_path / "second"))
+    folders = [tmp_path / "first", tmp_path / "second", tmp_path / "third"]
+    with pytest.raises(BuildError) as caught:
+        read_artifacts(engine, folders, [], tmp_path / "log")
+    assert caught.value.what == "vLLM ended with exit code 137 while it had second: terribly sorry"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
