@@ -16,6 +16,7 @@ LONG_ENOUGH: Final = 16  # tokens from which repetition says something
 MOST_COMMON: Final = 0.5  # share of one token that is too much
 LONGEST_CYCLE: Final = 8  # tokens
 REPEATS: Final = 4  # of a cycle at the end that are too many
+FLOOR: Final = -9999  # what vLLM writes for a logprob of minus infinity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,11 @@ class Answer:
 def read_chat(prompt: str, reply: Mapping[str, Any]) -> Answer:
     """The answer in a reply of /v1/chat/completions that was asked for with logprobs."""
     choice = reply["choices"][0]
-    content = (choice["logprobs"] or {}).get("content") or []
+    message, content = choice["message"], (choice["logprobs"] or {}).get("content") or []
     return Answer(
         kind="chat",
         prompt=prompt,
-        text=choice["message"]["content"] or "",
+        text=(message.get("reasoning") or "") + (message.get("content") or ""),  # a parser of thoughts takes them out
         finish_reason=choice["finish_reason"],
         tokens=tuple(entry["token"] for entry in content),
         logprobs=tuple(read_number(entry["logprob"]) for entry in content),
@@ -68,7 +69,9 @@ def find_degeneration(answer: Answer) -> str | None:
     tokens = answer.tokens
     if not answer.text.strip():
         return "is empty"
-    if not all(map(math.isfinite, answer.logprobs)):
+    if not tokens or len(tokens) != len(answer.logprobs):
+        return "came without the likelihoods of its tokens"
+    if not all(math.isfinite(logprob) and logprob > FLOOR for logprob in answer.logprobs):
         return "has tokens whose likelihood is no number"
     if len(tokens) < LONG_ENOUGH:
         return None

@@ -8,13 +8,23 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from builder.benchmarks import ASKED, Load, Size, read_vllm_bench
 from builder.engine import MAIN, VARIABLE, make_environment
 from builder.errors import BuildError
 
 ANSWER_S = 10
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 TAIL = 12  # lines of a failed benchmark that are shown
+
+
+def open_url(request: str | urllib.request.Request, timeout_s: float) -> Any:
+    """`urlopen`, but never through a proxy to this very machine."""
+    url = request if isinstance(request, str) else request.full_url
+    proxies = urllib.request.ProxyHandler({} if urlsplit(url).hostname in THIS_MACHINE else None)
+    return urllib.request.build_opener(proxies).open(request, timeout=timeout_s)
 
 
 def ask_models(url: str) -> tuple[str, ...]:
@@ -22,7 +32,7 @@ def ask_models(url: str) -> tuple[str, ...]:
     fix = "start the server (`serve.sh`), wait until it has loaded the weights, and give its address with --url"
     address = f"{url.rstrip('/')}/v1/models"
     try:
-        with urllib.request.urlopen(address, timeout=ANSWER_S) as answer:
+        with open_url(address, ANSWER_S) as answer:
             return tuple(str(model["id"]) for model in json.load(answer)["data"])
     except urllib.error.HTTPError as error:
         raise BuildError(f"{address} answers {error.code} {error.reason}", url, fix) from None
@@ -60,6 +70,7 @@ def run_vllm_bench(
     single: bool,
     file: Path,
     model: str = "",
+    timeout_s: float | None = None,
 ) -> Load:
     """Measure a served model, and leave the result in `file`, which is replaced.
 
@@ -79,14 +90,14 @@ def run_vllm_bench(
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
-    run_command(command)
+    run_command(command, timeout_s)
     if not file.is_file():
         raise BuildError("vllm bench serve left no result", str(file), "run it by hand: " + " ".join(command[1:5]))
     return read_vllm_bench(file).loads[0]
 
 
-def run_command(command: Sequence[str]) -> None:
-    """Run a command to its end. Raises BuildError with its last lines if it fails."""
+def run_command(command: Sequence[str], timeout_s: float | None = None) -> None:
+    """Run a command to its end. Raises BuildError with its last lines if it fails or takes too long."""
     try:
         done = subprocess.run(
             command,
@@ -96,7 +107,11 @@ def run_command(command: Sequence[str]) -> None:
             text=True,
             errors="replace",
             check=False,
+            timeout=timeout_s,
         )
+    except subprocess.TimeoutExpired:
+        fix = "see whether the server still answers"
+        raise BuildError(f"vllm bench serve took longer than {timeout_s:.0f} s", command[0], fix) from None
     except OSError as error:
         fix = f"set the environment variable {VARIABLE} to a Python that has vLLM"
         raise BuildError(f"{command[0]} cannot be started: {error.strerror}", "serve.python", fix) from None

@@ -20,6 +20,7 @@ from builder.errors import BuildError
 from builder.files import read_json, write_json
 
 INSIDE: Final = Path(__file__).parent / "inside_vllm"
+TETHER: Final = INSIDE / "tethered.py"
 VARIABLE: Final = "SERVING_PYTHON"
 MAIN: Final = ("-m", "vllm.entrypoints.cli.main")  # the `vllm` command
 OWN: Final = Path(__file__).parents[1] / ".venv-serving" / "bin" / "python"
@@ -105,9 +106,13 @@ def find_python(python: str | None = None) -> Path:
 def describe_engine(python: Path) -> Engine:
     """Version and platform of an environment's vLLM. Raises BuildError if it has none that runs."""
     command = [str(python), str(INSIDE / "describe_engine.py")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=make_environment(), check=False
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=make_environment(), check=False
+        )
+    except OSError as error:
+        fix = "set it to the Python of an environment that has vLLM"
+        raise BuildError(f"{python} cannot be started: {error.strerror}", VARIABLE, fix) from None
     try:
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
     except (ValueError, IndexError):
@@ -136,12 +141,22 @@ def make_environment(**more: str) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else two servers share a core and leave others idle
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
     }
+    direct = [kept.get("no_proxy") or kept.get("NO_PROXY", ""), "127.0.0.1", "localhost"]
+    more = {"no_proxy": ",".join(filter(None, direct)), **more}  # else the benchmark asks a proxy for our server
     return preset | kept | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(INSIDE), "PYTHONUNBUFFERED": "1"} | more
 
 
 def tether(engine: Engine, *words: str) -> list[str]:
     """A command in the engine's environment that ends, with all it started, when this process does."""
-    return [str(engine.python), str(INSIDE / "tethered.py"), str(engine.python), *words]
+    return [str(engine.python), str(TETHER), str(engine.python), *words]
+
+
+def is_tethered(process: int) -> bool:
+    """Whether a process is what `tether` started: it ends all the rest when this one is gone, and takes its time."""
+    try:
+        return os.fsencode(TETHER) in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # it has just ended
+        return False
 
 
 def read_artifacts(
@@ -169,15 +184,20 @@ def read_artifacts(
         "options": {"max_model_len": longest, "max_num_batched_tokens": max(4096, longest), **(options or {})},
     }
     log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch, log.open("wb") as output:
+    with tempfile.TemporaryDirectory(dir=log.parent) as scratch, log.open("wb") as output:
         paths = [Path(scratch) / name for name in ("job.json", "results.json")]
         write_json(paths[0], job)
         command = tether(engine, str(INSIDE / "read_artifacts.py"), *map(str, paths))
-        done = subprocess.run(command, stdout=output, stderr=output, env=variables, check=False)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=variables)
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()  # not killed: whoever holds the tether ends all the rest
+            process.wait()
         results = read_json(paths[1]) or []
     if len(results) < len(folders):
         raise BuildError(
-            f"vLLM ended with exit code {done.returncode} while it had {folders[len(results)].name}: {last_line(log)}",
+            f"vLLM ended with exit code {code} while it had {folders[len(results)].name}: {last_line(log)}",
             str(log),
             "see what it says there; exit code 137 means that memory ran out",
         )

@@ -26,6 +26,7 @@ from doit.task import Task
 from rich.console import Console
 
 from builder.comparison import compare_sides, is_same, load_side
+from builder.engine import is_tethered
 from builder.errors import BuildError, ManifestError, nearest
 from builder.files import canonical_json, write_atomic
 from builder.lock import (
@@ -692,13 +693,16 @@ def wait_for_the_end(receiver: int) -> None:
 
 
 def find_descendants() -> set[int]:
-    """The processes that this one started, and those that they did, where the system tells; none that has ended."""
+    """The processes that this one started, and those that they did, where the system tells; none that has ended.
+
+    Without a vLLM: it ends when this process does, and takes its temporary files with it.
+    """
     children: dict[int, set[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, parent = stat.read_text("utf-8", "replace").rpartition(")")[2].split()[:2]
-            if state not in "ZX":
-                children.setdefault(int(parent), set()).add(int(stat.parent.name))
+            if state not in "ZX" and not is_tethered(process := int(stat.parent.name)):
+                children.setdefault(int(parent), set()).add(process)
     found, upcoming = set[int](), {os.getpid()}
     while upcoming:
         upcoming = set().union(*(children.get(process, set()) for process in upcoming))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import subprocess
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from builder.endpoint import open_url
 from builder.engine import MAIN, Engine, last_line, make_environment, tether
-from builder.errors import VerifyError
+from builder.errors import BuildError, VerifyError
 
 POLL_S: Final = 0.5
 ANSWER_S: Final = 600
@@ -23,16 +25,20 @@ ANSWER_S: Final = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A server that answers. seconds: from its start until it was ready."""
+    """A server that answers.
+
+    context: tokens of prompt and answer together, at most. seconds: from its start until it was ready.
+    """
 
     address: str
     served_name: str
+    context: int
     seconds: float
     log: Path
 
     def ask(self, path: str, body: Mapping[str, Any]) -> Any:
         """The answer to a request, as JSON. Raises VerifyError for any but a good one."""
-        return request(f"{self.address}{path}", {"model": self.served_name, **body}, self.log)
+        return read_reply(f"{self.address}{path}", self.log, {"model": self.served_name, **body})
 
 
 @contextmanager
@@ -48,21 +54,26 @@ def run_server(
 ) -> Iterator[Server]:
     """`vllm serve ...` for as long as the block runs; then it is ended, and whatever it started with it.
 
-    words: without `vllm`. Raises VerifyError if it ends by itself, or is not ready within `timeout_s`.
+    words: `serve`, the model's folder, and options. Raises VerifyError if it ends by itself, or is not ready within
+    `timeout_s`; BuildError if another server answers at the port.
     """
     address, started = f"http://127.0.0.1:{port}", time.monotonic()
+    environment = make_environment(**variables)
+    environment.pop("VLLM_API_KEY", None)  # nobody else reaches it
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
             tether(engine, *MAIN, *words),
-            env=make_environment(**variables),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
         )
         try:
             wait_for_health(process, address, started + timeout_s, timeout_s, log)
-            yield Server(address=address, served_name=served_name, seconds=time.monotonic() - started, log=log)
+            seconds = time.monotonic() - started
+            context = identify_server(address, words[1], log)
+            yield Server(address=address, served_name=served_name, context=context, seconds=seconds, log=log)
         finally:
             process.terminate()  # whoever holds the tether ends all the rest
             process.wait()
@@ -70,7 +81,7 @@ def run_server(
 
 def wait_for_health(process: subprocess.Popen[bytes], address: str, end: float, timeout_s: float, log: Path) -> None:
     while True:
-        with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+        with suppress(OSError, http.client.HTTPException), open_url(f"{address}/health", 5) as answer:
             if answer.status == 200:
                 return
         if process.poll() is not None:
@@ -89,14 +100,29 @@ def find_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def request(url: str, body: Mapping[str, Any], log: Path) -> Any:
-    data = json.dumps(body).encode()
+def identify_server(address: str, folder: str, log: Path) -> int:
+    """The context of the server that has the model in `folder`.
+
+    Raises BuildError if another answers: a port that was free may be taken before vLLM has it.
+    """
+    reply = read_reply(f"{address}/v1/models", log)
+    try:
+        [model] = [model for model in reply["data"] if model["root"] == folder]
+        return int(model["max_model_len"])
+    except (KeyError, TypeError, ValueError):
+        what = f"another server answers at {address}, without {Path(folder).name}"
+        raise BuildError(what, str(log), "run the same command again: it takes another port") from None
+
+
+def read_reply(url: str, log: Path, body: Mapping[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
     asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(asked, timeout=ANSWER_S) as answer:
+        with open_url(asked, ANSWER_S) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         said = error.read().decode("utf-8", "replace")[:300]
         raise VerifyError(f"the server answered {error.code}: {said}", url, f"its log is {log}") from error
-    except (OSError, ValueError) as error:
-        raise VerifyError(f"the server did not answer: {error}", url, f"its log is {log}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        what = f"the server did not answer: {error or type(error).__name__}"
+        raise VerifyError(what, url, f"its log is {log}") from error

@@ -62,7 +62,7 @@ def test_the_answer_of_the_published_pipelines_first_artifact_is_degenerate() ->
     assert find_degeneration(answer(*"!" * 32)) == "repeats '!': 32 of 32 tokens"
 
 
-@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, -9999.0])
 def test_a_likelihood_that_is_no_number_is_degenerate(value: float | None) -> None:
     reply = {"choices": [{**COMPLETION["choices"][0], "logprobs": {"tokens": [" all"], "token_logprobs": [value]}}]}
     assert find_degeneration(read_completion("?", reply)) == "has tokens whose likelihood is no number"

@@ -48,6 +48,15 @@ def test_an_environment_without_vllm_is_refused_in_pythons_words(monkeypatch: py
     assert caught.value.where == sys.executable
 
 
+def test_a_program_that_the_system_does_not_start_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("no program at all")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("SERVING_PYTHON", str(tmp_path / "python"))
+    with pytest.raises(BuildError) as caught:
+        find_engine()
+    assert caught.value.what == f"{tmp_path / 'python'} cannot be started: Exec format error"
+
+
 def test_vllms_environment_has_our_plugin_and_nothing_of_our_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/ours")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")

@@ -44,6 +44,7 @@ def end_session() -> None:
     end = time.monotonic() + GRACE_S
     for process in list_session():
         send(process, signal.SIGTERM)
+        send(process, signal.SIGCONT)  # one that is stopped would not hear of it
     while left := list_session():
         if time.monotonic() > end:
             for process in left:

@@ -9,7 +9,8 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -18,11 +19,11 @@ from builder.answers import Answer, find_degeneration, read_chat, read_completio
 from builder.endpoint import run_vllm_bench
 from builder.engine import Engine, Reading, Refusal, average_losses, find_engine, read_artifacts
 from builder.errors import BuildError, VerifyError, raise_all
-from builder.files import digest, read_receipt, write_receipt
+from builder.files import digest, read_json, read_receipt, write_receipt
 from builder.manifest import Serve
 from builder.server import Server, find_port, run_server
 from builder.serving import health_check_timeout_s, serve_command
-from builder.stages import verify
+from builder.stages import perplexity, verify
 from builder.stages.stage import hold, is_current
 from builder.stages.workspace import Workspace
 
@@ -32,6 +33,7 @@ SERVED_TOLERANCE: Final = 0.05  # between vLLM loaded plainly, and served with t
 WORST: Final = 1.25  # perplexity beside the base's, from which an artifact is not called good
 SERVED_WINDOWS: Final = 2
 LONGEST_ANSWER: Final = 64  # tokens
+BENCHMARK_S: Final = 1800
 CPU_TOKENS: Final = 4096  # of context that a check on a CPU asks for, at most
 CHAT: Final = "What is a list? Answer in two sentences."
 COMPLETION: Final = "Return a list of"
@@ -55,9 +57,10 @@ def check_serving(workspace: Workspace, tell: Callable[[str], None] = print) -> 
     """
     clock, release = time.monotonic(), workspace.manifest.release
     name = workspace.manifest.name
-    if not is_current(workspace, verify.STAGE):
-        fix = f"doit release:{name}"
-        raise BuildError(f"{name} is not built, or not verified since", str(workspace.folder), fix)
+    for stage in (verify.STAGE, perplexity.STAGE):
+        if not is_current(workspace, stage):
+            what = f"{name} is not built: {stage.name} has not been done, or what it reads has changed since"
+            raise BuildError(what, str(workspace.folder), f"doit release:{name}")
     with hold(workspace):
         engine = find_engine(release.serve.python if release.serve else None)
         tell(f"  {engine}, {engine.python}")
@@ -67,14 +70,18 @@ def check_serving(workspace: Workspace, tell: Callable[[str], None] = print) -> 
             served, more = check_server(workspace, engine, windows, result.pop("losses"), tell)
             result["served"] = served
             problems += more
+        folder = f"{workspace.folder.absolute()}/"  # the machine's own matter, and vLLM's words are published
+        if "error" in result:
+            result["error"] = result["error"].replace(folder, "")
         result |= {
             "engine": "vllm",
             "version": engine.version,
             "platform": engine.platform,
             "devices": list(engine.devices),
             "verdict": "failed" if problems else "good",
-            "problems": [problem.what for problem in problems],
+            "problems": [problem.what.replace(folder, "") for problem in problems],
             "payload_sha256": workspace.facts("assemble")["payload_sha256"],
+            "asked_sha256": digest_asked(workspace),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 1),
         }
@@ -107,11 +114,24 @@ def identify(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def list_results(workspace: Workspace) -> list[dict[str, Any]]:
-    """What engines made of this very payload."""
+    """What engines made of this very payload, served and sampled as the manifest says now."""
     receipt = read_receipt(workspace.receipt_path(RECEIPT))
     results = receipt["facts"]["results"] if receipt else []
-    payload = workspace.facts("assemble")["payload_sha256"]
-    return [result for result in results if result["payload_sha256"] == payload]
+    if not results:
+        return []
+    wanted = workspace.facts("assemble")["payload_sha256"], digest_asked(workspace)
+    return [result for result in results if (result["payload_sha256"], result.get("asked_sha256")) == wanted]
+
+
+def digest_asked(workspace: Workspace) -> str:
+    """The digest of what a check is about besides the payload: a changed profile is not a checked one."""
+    release = workspace.manifest.release
+    asked = {
+        "serve": release.serve and release.serve.model_dump(mode="json", include={"args", "env", "served_name"}),
+        "sampling": release.sampling and release.sampling.model_dump(mode="json", exclude={"notes"}),
+        "perplexity": workspace.facts("perplexity"),
+    }
+    return digest(asked)
 
 
 def gather_windows(workspace: Workspace) -> list[list[int]]:
@@ -230,9 +250,8 @@ def check_server(
         with running as server:
             tell(f"  ready after {server.seconds:.0f} s")
             result |= {"start_seconds": round(server.seconds, 1), "timeout_seconds": timeout_s}
-            longest = int(str(profile.args.get("max-model-len", context or CPU_TOKENS)))
-            result["perplexity"], problems = check_served_text(server, windows[:SERVED_WINDOWS], losses, longest)
-            answers = ask_both(workspace, server, longest)
+            result["perplexity"], problems = check_served_text(server, windows[:SERVED_WINDOWS], losses)
+            answers = ask_both(workspace, server)
             result["answers"] = [describe_answer(answer) for answer in answers]
             for answer in answers:
                 tell(f"  {answer.kind}: {' '.join(answer.text.split())[:100]!r}")
@@ -240,7 +259,7 @@ def check_server(
                     what = f"the answer to a {answer.kind} request {wrong}"
                     problems.append(VerifyError(what, str(server.log), f"asked was {answer.prompt!r}"))
             size = (4, 32, 32) if engine.on_cpu else (16, 256, 128)
-            result["speed"] = measure_speed(engine, server, workspace, size, longest)
+            result["speed"] = measure_speed(engine, server, workspace, size)
             speed = result["speed"]
             told = f"first token after {speed['ttft_ms']:.0f} ms, {speed['tokens_per_s']:.1f} tokens/s"
             tell(f"  {told}, one request at a time")
@@ -282,17 +301,18 @@ def adapt_profile(serve: Serve | None, engine: Engine, artifact: Path, context: 
 
 
 def check_served_text(
-    server: Server, windows: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], longest: int
+    server: Server, windows: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]
 ) -> tuple[float | None, list[BuildError]]:
     """The same text through the server: its options, such as an 8-bit KV cache, must cost next to nothing."""
     if not windows:
         return None, []
     served, plain = [], []
     for window, known in zip(windows, losses, strict=False):
-        tokens = list(window[: longest - 1])
+        tokens = list(window[: server.context - 1])
         reply = server.ask("/v1/completions", {"prompt": tokens, "max_tokens": 1, "echo": True, "logprobs": 0})
-        told = reply["choices"][0]["prompt_logprobs"][1:]
-        values = [entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], told, strict=True)]
+        with explain_reply(server):
+            told = reply["choices"][0]["prompt_logprobs"][1:]
+            values = [entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], told, strict=True)]
         served.append([math.nan if value is None else -float(value) for value in values])
         plain.append(list(known[: len(values)]))
     ours, theirs = average_losses(served), average_losses(plain)
@@ -306,25 +326,37 @@ def check_served_text(
     return ours if math.isfinite(ours) else None, [VerifyError(what, str(server.log), fix)]
 
 
-def ask_both(workspace: Workspace, server: Server, longest: int) -> list[Answer]:
+@contextmanager
+def explain_reply(server: Server) -> Iterator[None]:
+    """Turn what goes wrong where a reply lacks what was asked for into a VerifyError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"the server's reply lacks what was asked for: {type(error).__name__}: {error}"
+        raise VerifyError(what, str(server.log), "see what the server says there") from error
+
+
+def ask_both(workspace: Workspace, server: Server) -> list[Answer]:
     """A chat, if the model has a template for one, and a completion, with the recommended sampling."""
     release = workspace.manifest.release
     sampling = release.sampling.model_dump(exclude={"notes"}, exclude_none=True) if release.sampling else {}
-    length = min(int(sampling.pop("max_tokens", LONGEST_ANSWER)), LONGEST_ANSWER, max(1, longest // 2))
+    length = min(int(sampling.pop("max_tokens", LONGEST_ANSWER)), LONGEST_ANSWER, max(1, server.context // 2))
     common = {**sampling, "max_tokens": length, "seed": 0}
     answers = []
     if has_chat_template(workspace.artifact):
         messages = [{"role": "user", "content": CHAT}]
         reply = server.ask("/v1/chat/completions", {**common, "messages": messages, "logprobs": True})
-        answers.append(read_chat(CHAT, reply))
+        with explain_reply(server):
+            answers.append(read_chat(CHAT, reply))
     reply = server.ask("/v1/completions", {**common, "prompt": COMPLETION, "logprobs": 0})
-    return [*answers, read_completion(COMPLETION, reply)]
+    with explain_reply(server):
+        answers.append(read_completion(COMPLETION, reply))
+    return answers
 
 
 def has_chat_template(artifact: Path) -> bool:
-    config = artifact / "tokenizer_config.json"
-    inside = config.is_file() and '"chat_template"' in config.read_text("utf-8")
-    return inside or (artifact / "chat_template.jinja").is_file()
+    config = read_json(artifact / "tokenizer_config.json") or {}
+    return bool(config.get("chat_template")) or (artifact / "chat_template.jinja").is_file()
 
 
 def describe_answer(answer: Answer) -> dict[str, Any]:
@@ -333,22 +365,27 @@ def describe_answer(answer: Answer) -> dict[str, Any]:
     return {**described, "num_tokens": len(answer.tokens)}
 
 
-def measure_speed(
-    engine: Engine, server: Server, workspace: Workspace, size: tuple[int, int, int], longest: int
-) -> dict[str, Any]:
-    """Medians of `vllm bench serve`: ms to the first token, tokens a second, one request at a time."""
+def measure_speed(engine: Engine, server: Server, workspace: Workspace, size: tuple[int, int, int]) -> dict[str, Any]:
+    """Medians of `vllm bench serve`: ms to the first token, tokens a second, one request at a time.
+
+    Raises VerifyError if the benchmark fails, or a request of it.
+    """
     num_prompts, *lengths = size
-    prompt, output = (min(length, longest // 4) for length in lengths)
-    load = run_vllm_bench(
-        str(engine.python),
-        server.address,
-        (prompt, output),
-        tokenizer=str(workspace.artifact.absolute()),
-        num_prompts=num_prompts,
-        single=True,
-        file=workspace.folder / RECEIPT / "benchmark.json",
-        model=server.served_name,
-    )
+    prompt, output = (min(length, server.context // 4) for length in lengths)
+    try:
+        load = run_vllm_bench(
+            str(engine.python),
+            server.address,
+            (prompt, output),
+            tokenizer=str(workspace.artifact.absolute()),
+            num_prompts=num_prompts,
+            single=True,
+            file=workspace.folder / RECEIPT / "benchmark.json",
+            model=server.served_name,
+            timeout_s=BENCHMARK_S,
+        )
+    except BuildError as error:
+        raise VerifyError(error.what, error.where, error.fix) from error
     if load.num_failed:
         what = f"{load.num_failed} of {num_prompts} requests of the benchmark failed"
         raise VerifyError(what, str(server.log), "see what the server says there")
