@@ -323,7 +323,9 @@ def test_llama_swap_starts_our_entry_and_passes_a_chat_on(
     command = tether(engine, program, *words, "--listen", f"127.0.0.1:{front}")
     del command[2]  # llama-swap is a program of its own
     with subprocess.Popen(command, env=make_environment()) as proxy:
-        server = Server(address=f"http://127.0.0.1:{front}", served_name="tiny-llama-NVFP4", seconds=0, log=tmp_path)
+        server = Server(
+            address=f"http://127.0.0.1:{front}", served_name="tiny-llama-NVFP4", context=512, seconds=0, log=tmp_path
+        )
         try:
             wait_until(lambda: answers(f"{server.address}/v1/models"))
             body = {"messages": [{"role": "user", "content": "What is a list?"}], "max_tokens": 16, "logprobs": True}
