@@ -55,6 +55,9 @@ def test_a_context_that_fits_stays_and_is_never_longer_than_the_models() -> None
     short = PROFILE.model_copy(update={"args": {"max-model-len": "300"}})
     assert adapt_profile(short, CPU, Path("/a"), 512)[0].args["max-model-len"] == "300"
     assert adapt_profile(PROFILE, CPU, Path("/a"), 512)[0].args["max-model-len"] == "512"
+    open_end, adapted = adapt_profile(PROFILE.model_copy(update={"args": {}}), CPU, Path("/a"), 512)
+    assert open_end.args["max-model-len"] == "512"
+    assert adapted[0] == "max-model-len 512, which fits a check on a CPU"
     auto = PROFILE.model_copy(update={"args": {"max-model-len": "auto"}})
     assert adapt_profile(auto, CPU, Path("/a"), 512)[0].args["max-model-len"] == "512"
 

@@ -285,7 +285,8 @@ def adapt_profile(serve: Serve | None, engine: Engine, artifact: Path, context: 
         fits = min(CPU_TOKENS, context or CPU_TOKENS)
         if not str(wanted).isdigit() or int(str(wanted)) > fits:
             args["max-model-len"] = str(fits)
-            adapted.append(f"max-model-len {fits} instead of {wanted or 'none'}, which fits a check on a CPU")
+            instead = f" instead of {wanted}" if wanted else ""
+            adapted.append(f"max-model-len {fits}{instead}, which fits a check on a CPU")
         args["enforce-eager"] = True
         adapted.append("enforce-eager, for nothing is compiled for a check")
     else:
