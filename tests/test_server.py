@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build, release_writer
+from conftest import build, hear_signals, release_writer
 from test_endpoint import serve
 from test_graph import ROOT
 
@@ -419,6 +419,7 @@ def test_a_command_that_is_interrupted_ends_the_server_and_takes_its_files_away(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=hear_signals,
     ) as doit:
         wait_until(lambda: doit.poll() is not None or any(" bench serve " in line for line in list_running(tmp_path)))
         doit.send_signal(signal.SIGINT)
