@@ -284,7 +284,10 @@ def test_a_reader_that_is_interrupted_leaves_neither_processes_nor_files(
     )
     log = tmp_path / "log"
     with subprocess.Popen(
-        [sys.executable, "-c", read, str(log)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", read, str(log)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+        preexec_fn=hear_signals,
     ) as reader:
         wait_until(lambda: log.exists() and "loading" in log.read_text())
         reader.send_signal(number)
