@@ -72,7 +72,7 @@ def numbered(count: int, **more: Any) -> list[dict[str, Any]]:
     return [{"number": number, **more} for number in range(count)]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -235,7 +235,7 @@ def builder_running(make: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
         preexec_fn=hear_signals,
     )
     try:
-        assert wait_until(lambda: len(read_pids(folder)) == 4, timeout_s=120)
+        assert wait_until(lambda: len(read_pids(folder)) == 4, timeout_s=30)
         assert all(is_running(pid) for pid in read_pids(folder))
         yield builder
     finally:
@@ -249,10 +249,10 @@ def test_ctrl_c_ends_the_workers_and_all_they_started_at_once(tmp_path: Path) ->
     make = "from builder.executors.processes import Processes; executor = Processes(2)"
     with builder_running(make, tmp_path) as builder:
         os.killpg(builder.pid, signal.SIGINT)
-        _, errors = builder.communicate(timeout=60)  # the jobs would take 600
+        _, errors = builder.communicate(timeout=5)
         assert builder.returncode == -signal.SIGINT
         assert errors.count("KeyboardInterrupt") == 1
-        assert wait_until(lambda: not any(is_running(pid) for pid in read_pids(tmp_path)))
+        assert wait_until(lambda: not any(is_running(pid) for pid in read_pids(tmp_path)), timeout_s=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -260,7 +260,7 @@ def test_workers_do_not_outlive_a_builder_that_is_killed(tmp_path: Path, number:
     make = "from builder.executors.processes import Processes; executor = Processes(2)"
     with builder_running(make, tmp_path) as builder:
         builder.send_signal(number)
-        assert wait_until(lambda: not any(is_running(pid) for pid in read_pids(tmp_path)[::2]))
+        assert wait_until(lambda: not any(is_running(pid) for pid in read_pids(tmp_path)[::2]), timeout_s=2)
 
 
 @RAY_GROUP
@@ -400,7 +400,7 @@ def test_an_address_that_does_not_answer_is_reported_soon(monkeypatch: pytest.Mo
     started_s = time.monotonic()
     with pytest.raises(ExecutorError) as caught:
         list(make_executor("ray", num_workers=1).run(executor_work.square, numbered(1)))
-    assert time.monotonic() - started_s < 100
+    assert time.monotonic() - started_s < 15
     assert caught.value.what.startswith("no answer from the Ray cluster: ")
     assert caught.value.where == f"RAY_ADDRESS={address}"
     assert caught.value.fix == "start Ray there with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"

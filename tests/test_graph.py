@@ -502,7 +502,7 @@ def test_ray_at_an_address_that_does_not_answer_is_told_soon(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     started = time.monotonic()
     told = doit("release:tiny")
-    assert time.monotonic() - started < 100
+    assert time.monotonic() - started < 30
     assert told.code != 0
     assert (
         told.err
