@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from builder.licenses import Obligations, collect_obligations
 from builder.manifest import load_manifest
 from builder.stages import STAGES, Workspace, run_stage
 
@@ -105,3 +107,26 @@ def build(manifest: Path, folder: Path, last: str = "assemble", without: Collect
         if stage.name == last:
             return workspace
     raise AssertionError(last)
+
+
+def obligations_of(folder: Path) -> Obligations:
+    """Those of a base under the MIT licence."""
+    (folder / "LICENSE").write_text(
+        "MIT License\n\nPermission is hereby granted, free of charge, to any person obtaining a\n"
+    )
+    return collect_obligations(
+        ("mit",),
+        repo_name="someone/release",
+        acknowledged=(),
+        base_files={"LICENSE": folder / "LICENSE"},
+        license_files={},
+        where=lambda *keys: ".".join(keys),
+    )
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Fails if the condition has not come to hold by then."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)

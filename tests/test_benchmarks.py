@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import obligations_of
 
 from builder.benchmarks import (
     PROFILES,
@@ -23,7 +24,6 @@ from builder.benchmarks import (
     read_vllm_bench,
 )
 from builder.errors import BuildError, Problems
-from builder.licenses import Obligations, collect_obligations
 from builder.manifest import Manifest, load_manifest
 from builder.render import render_card
 
@@ -64,21 +64,6 @@ def write_manifest(tmp_path: Path) -> Callable[..., Manifest]:
         return load_manifest(path)
 
     return write
-
-
-def obligations_of(folder: Path) -> Obligations:
-    """Those of a base under the MIT licence."""
-    (folder / "LICENSE").write_text(
-        "MIT License\n\nPermission is hereby granted, free of charge, to any person obtaining a\n"
-    )
-    return collect_obligations(
-        ("mit",),
-        repo_name="someone/release",
-        acknowledged=(),
-        base_files={"LICENSE": folder / "LICENSE"},
-        license_files={},
-        where=lambda *keys: ".".join(keys),
-    )
 
 
 # --- result files -----------------------------------------------------------------------------------------------------

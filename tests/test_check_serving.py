@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, release_writer
+from conftest import build, release_writer, wait_until
 from safetensors.torch import load_file, save_file
 
 from builder.answers import find_degeneration, read_chat
@@ -303,10 +302,12 @@ def test_a_builder_that_is_killed_takes_its_server_with_it(
     environment = {**os.environ, "SERVING_PYTHON": str(engine.python)}
     command = [sys.executable, "-c", check, str(path), str(workspace.folder)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as builder:
-        wait_until(lambda: builder.poll() is not None or (log.exists() and "Starting to load model" in log.read_text()))
+        wait_until(
+            lambda: builder.poll() is not None or (log.exists() and "Starting to load model" in log.read_text()), 180
+        )
         assert builder.poll() is None
         builder.send_signal(signal.SIGKILL)
-    wait_until(lambda: leftovers() == [])
+    wait_until(lambda: leftovers() == [], 180)
 
 
 def test_llama_swap_starts_our_entry_and_passes_a_chat_on(
@@ -327,7 +328,7 @@ def test_llama_swap_starts_our_entry_and_passes_a_chat_on(
             address=f"http://127.0.0.1:{front}", served_name="tiny-llama-NVFP4", context=512, seconds=0, log=tmp_path
         )
         try:
-            wait_until(lambda: answers(f"{server.address}/v1/models"))
+            wait_until(lambda: answers(f"{server.address}/v1/models"), 180)
             body = {"messages": [{"role": "user", "content": "What is a list?"}], "max_tokens": 16, "logprobs": True}
             assert find_degeneration(read_chat("", server.ask("/v1/chat/completions", body))) is None
         finally:
@@ -341,13 +342,6 @@ def answers(url: str) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 180) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.2)
 
 
 def test_losses_that_are_no_numbers_are_no_perplexity() -> None:

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import build
+from conftest import build, obligations_of
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from builder.errors import BuildError, Problems
 from builder.evaluation import Results, Score, compare, load_evaluations, read_lm_eval, read_recorded_accuracy
-from builder.licenses import Obligations, collect_obligations
 from builder.lock import CARD_FILES
 from builder.manifest import Manifest, load_manifest
 from builder.render import render_card
@@ -66,21 +65,6 @@ def write_manifest(tmp_path: Path) -> Callable[..., Manifest]:
         return load_manifest(path)
 
     return write
-
-
-def obligations_of(folder: Path) -> Obligations:
-    """Those of a base under the MIT licence."""
-    (folder / "LICENSE").write_text(
-        "MIT License\n\nPermission is hereby granted, free of charge, to any person obtaining a\n"
-    )
-    return collect_obligations(
-        ("mit",),
-        repo_name="someone/release",
-        acknowledged=(),
-        base_files={"LICENSE": folder / "LICENSE"},
-        license_files={},
-        where=lambda *keys: ".".join(keys),
-    )
 
 
 def score(value: float, task: str = "task", **more: Any) -> Score:

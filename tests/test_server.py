@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build, hear_signals, release_writer
+from conftest import build, hear_signals, release_writer, wait_until
 from test_endpoint import serve
 from test_graph import ROOT
 
@@ -159,13 +159,6 @@ def list_running(tmp_path: Path) -> list[str]:
 
 def nothing_is_left(tmp_path: Path) -> bool:
     return not list_running(tmp_path) and not list((tmp_path / "tmp").iterdir())
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
 
 
 # --- started, told from others, and ended -----------------------------------------------------------------------------
