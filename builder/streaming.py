@@ -6,7 +6,6 @@ Shapes: T tokens of a row, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -29,13 +28,6 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 Arithmetic = Literal["exact", "native"]
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def describe_machine(device: str) -> str:
-    """The class of machine that measured statistics are the same on: an instruction set, or a model of GPU."""
-    if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @dataclass

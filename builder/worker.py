@@ -81,7 +81,8 @@ def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
     done = read_receipt(receipt)
     if done and done["key"] == key:
         return done
-    from builder.streaming import LayerStream, describe_machine
+    from builder.machine_class import describe_machine
+    from builder.streaming import LayerStream
 
     started = time.monotonic()
     stream = LayerStream(open_base(job), job["device"], job["arithmetic"])
