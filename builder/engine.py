@@ -171,7 +171,8 @@ def read_artifacts(
     """Load each artifact with every weight accounted for, and read windows of token ids through it.
 
     folders: of artifacts, read one after the other in one process. windows: may be none, then loading is all.
-    first: the first token of a window whose loss is told. log: what vLLM says goes there. options: of vLLM's LLM class, beyond those that strict loading needs.
+    first: the first token of a window whose loss is asked for. log: what vLLM says goes there. options: of vLLM's LLM
+    class, beyond those that strict loading needs.
     Raises BuildError if vLLM ends before it has told about all of them.
     """
     variables = make_environment(

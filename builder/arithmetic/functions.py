@@ -26,7 +26,7 @@ ERF_TERMS = 140  # enough where |x| < 6; beyond, erf is 1 in float64
 
 
 def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
-    """2^n as float64 for int64 n from -1022 to 1023, from the bits: `ldexp` and `pow` of libraries multiply or round."""
+    """2^n as float64 for int64 n from -1022 to 1023, from its bits: libraries' `ldexp` and `pow` round."""
     return ((exponents + 1023) << 52).view(torch.float64)
 
 

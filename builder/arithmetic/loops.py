@@ -64,7 +64,7 @@ def sum_tree(values_K: Float64, length: int) -> float:
         length //= 2
         for k in range(length):
             values_K[k] = values_K[k] + values_K[k + length]
-    return values_K[0]
+    return float(values_K[0])
 
 
 @compiled

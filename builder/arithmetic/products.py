@@ -7,9 +7,9 @@ float64 product, and products of int8 digits, whichever is faster here. Then it 
 float64, and the result rounded to float32 and on to the operand's dtype.
 
 Linears take 22 bits for what they read and 14 for their weights, and K is at most 131,072. Products of two activations
-take 20 and 19, up to 16,384; longer ones are cut, and their parts added in order in float64. An output channel of a weight whose
-integers are small on average, because a few of its weights dwarf the others, has a remainder: what rounding took away,
-rounded again by a scale of its own; the two products are added in float64.
+take 20 and 19, up to 16,384; longer ones are cut, and their parts added in order in float64. An output channel of a
+weight whose integers are small on average, because a few of its weights dwarf the others, has a remainder: what
+rounding took away, rounded again by a scale of its own; the two products are added in float64.
 
 Shapes: M rows, K summed over, N columns, B matrices, P places of digits.
 """
@@ -48,7 +48,7 @@ class Weight:
     content: torch.Tensor
     exponents: torch.Tensor
     poor: torch.Tensor
-    high_SK: torch.Tensor
+    high: torch.Tensor
     remainder: torch.Tensor
 
 
@@ -329,7 +329,7 @@ def multiply_poor(x_MK: torch.Tensor, weight: Weight, bias_N: torch.Tensor) -> t
     left, left_exponents = round_rows(x_MK, LINEAR_BITS[0])
     low, low_exponents = round_rows(weight.remainder, LINEAR_BITS[1])
     scale = power_of_two(left_exponents.long() - sum(LINEAR_BITS)).unsqueeze(1)
-    high = left @ weight.high_SK.double().t() * scale * power_of_two(weight.exponents[weight.poor].long())
+    high = left @ weight.high.double().t() * scale * power_of_two(weight.exponents[weight.poor].long())
     rest = left @ low.t() * scale * power_of_two(low_exponents.long())
     return ((high + rest) + bias_N[weight.poor]).float()
 

@@ -96,9 +96,10 @@ def log_likelihood(logits_RK: torch.Tensor, targets_R: torch.Tensor) -> torch.Te
     if logits_RK.device.type != "cpu" or logits_RK.dtype == torch.float64:
         return log_softmax(logits_RK, -1).gather(1, targets_R[:, None])[:, 0]
     rows = logits_RK.float().contiguous()
-    largest, total = torch.empty(2, len(rows), dtype=torch.float64)
+    largest, total = (torch.empty(len(rows), dtype=torch.float64) for _ in range(2))
     loops.run(loops.sum_exponentials, rows, largest, total)
-    return (rows.gather(1, targets_R[:, None])[:, 0].double() - largest) - functions.log(total)
+    found = rows.gather(1, targets_R[:, None])[:, 0].double()
+    return (found - largest) - functions.log(total)
 
 
 def running_sum(x: torch.Tensor, dim: int) -> torch.Tensor:
