@@ -22,6 +22,7 @@ LIBRARY_DTYPES = tuple(DTYPE_BYTES)  # in the order of the library's own list
 SINGLE_FILE = 1.05  # the published pipeline's factor: so much above the limit, a single file is not yet split
 # What a worker takes for itself, measured: to calibrate, with torch and transformers; to quantize, with numba alone.
 CALIBRATE_BYTES, QUANTIZE_BYTES = 500_000_000, 210_000_000
+EXACT_BYTES = 300_000_000  # and for exact arithmetic: compiled loops, and what products and attention work in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +194,9 @@ def plan_release(
         header_metadata=manifest.release.compatibility.header_metadata,
     )
     rows, longest = plan_rows(manifest) if scheme.measures_inputs or manifest.release.kv_cache else (0, 0)
-    calibrate_memory, quantize_memory = estimate_memory(architecture, units, math.ceil(rows / len(shards)), longest)
+    exact = manifest.release.calibration is None or manifest.release.calibration.arithmetic == "exact"
+    block = math.ceil(rows / len(shards))
+    calibrate_memory, quantize_memory = estimate_memory(architecture, units, block, longest, exact=exact)
     return Plan(
         architecture=architecture,
         scheme=scheme.name,
@@ -501,11 +504,14 @@ def plan_rows(manifest: Manifest) -> tuple[int, int]:
     return calibration.samples, calibration.tokens[1]
 
 
-def estimate_memory(architecture: Architecture, units: Sequence[Unit], rows: int, longest: int) -> tuple[int, int]:
+def estimate_memory(
+    architecture: Architecture, units: Sequence[Unit], rows: int, longest: int, *, exact: bool = True
+) -> tuple[int, int]:
     """Peak bytes of a worker while calibrating and while quantizing.
 
     Calibrating holds one layer, a second copy of its largest weight for a matrix product, its rows' hidden states
-    (twice while they are saved), and a row's widest activations in float32. Quantizing holds what one group of linears
+    (twice while they are saved), and a row's widest activations in float32; exact arithmetic also the layer's weights
+    as integers, and four such activations more. Quantizing holds what one group of linears
     yields, its largest weight, and as much again on the way. Measured peaks stay below this, by 20 % at most.
     """
     hidden = int(architecture.facts.get("hidden_size", 0))
@@ -513,6 +519,7 @@ def estimate_memory(architecture: Architecture, units: Sequence[Unit], rows: int
     layer = max(sum(tensor.num_bytes for tensor in layer.tensors) for layer in architecture.layers)
     largest = max(tensor.num_bytes for layer in architecture.layers for tensor in layer.tensors)
     calibrate = CALIBRATE_BYTES + layer + largest + 2 * rows * longest * hidden * 2 + 6 * longest * widest * 4
+    calibrate += (EXACT_BYTES + layer + 4 * longest * widest * 4) if exact else 0
     quantize = QUANTIZE_BYTES + 2 * largest + max(largest_group(unit) for unit in units if unit.groups)
     return calibrate if rows else 0, quantize
 
