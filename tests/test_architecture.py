@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "builder"
 
 IN_ORDER = (
     "errors",
+    "floats",
     "files",
     "digests",
     "machine",
@@ -22,6 +23,7 @@ IN_ORDER = (
     "pins",
     "base",
     "families",
+    "compiled",
     "kernels",
     "gpu",
     "schemes",
@@ -69,6 +71,7 @@ ALONE = {
 }
 LIGHT = (
     "errors",
+    "floats",
     "files",
     "digests",
     "machine",

@@ -9,9 +9,9 @@ environment of its own, on the CPU, from the repository's root:
 
 The file holds, for each scheme, the versions, the sha256 of every tensor's bytes and the `quantization_config`.
 Weights alone decide them, so they are the same on every machine. Under `float16` and `float32` it holds the same of the
-tiny Llama in these dtypes, as `cast_base` makes it, with each tensor's dtype and what config.json says of it. Under `kv_cache` it holds what calibration makes of an
-FP8 KV cache: for each layer the largest key and value that `oneshot` saw, which may differ a little on another machine,
-and the scale it made of that, which is a function of it.
+tiny Llama in these dtypes, as `cast_base` makes it, with each tensor's dtype and what config.json says of it. Under
+`kv_cache` it holds what calibration makes of an FP8 KV cache: for each layer the largest key and value that `oneshot`
+saw, which may differ a little on another machine, and the scale it made of that, which is a function of it.
 """
 
 from __future__ import annotations
