@@ -16,11 +16,11 @@ from builder import hub
 from builder.digests import DIGESTER, identify_file
 from builder.errors import BaseError, ManifestError
 from builder.files import read_exactly, read_receipt, write_receipt
+from builder.floats import FLOATS, NAMES
 from builder.licenses import is_legal
 from builder.manifest import Manifest
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from numpy.typing import NDArray
 
@@ -144,13 +144,13 @@ class Checkpoint:
             loaded: torch.Tensor = file.get_tensor(name)
         return loaded
 
-    def load_words(self, name: str) -> NDArray[np.uint16]:
-        """The bit patterns of a tensor of 16-bit numbers, mapped as by `load`, without torch."""
+    def load_array(self, name: str) -> NDArray[Any]:
+        """A weight, mapped as by `load`, without torch: float16 or float32, or the bits of a bfloat16 as uint16."""
         import numpy as np
 
         stored = self.tensors[name]
-        path = self.folder / stored.file
-        return np.asarray(np.memmap(path, np.uint16, "c", stored.start, stored.shape))
+        path, dtype = self.folder / stored.file, FLOATS[stored.dtype].array
+        return np.asarray(np.memmap(path, dtype, "c", stored.start, stored.shape))
 
     def read_chunks(self, name: str) -> Iterator[bytes]:
         """A tensor's bytes as they are stored, in chunks."""
@@ -207,8 +207,34 @@ def check_config(text: str | bytes, path: Path | str, where: str) -> dict[str, A
 
 def open_checkpoint(folder: Path, where: str) -> Checkpoint:
     """Read the headers of a model folder. Nothing outside the folder is opened; a pickle is never read."""
-    config = read_config(folder, where)
-    return Checkpoint(folder, config, read_tensors(folder, where))
+    config, tensors = read_config(folder, where), read_tensors(folder, where)
+    return Checkpoint(folder, name_dtype(config, tensors, where), tensors)
+
+
+def find_dtype(config: Mapping[str, Any]) -> Any:
+    """What a config.json says that the model computes in, under either of its names; None if it says nothing."""
+    return config.get("dtype") or config.get("torch_dtype")
+
+
+def name_dtype(config: dict[str, Any], tensors: Mapping[str, Tensor] | None, where: str) -> dict[str, Any]:
+    """A config that names a `dtype`: its own, or else that of most of the weights.
+
+    tensors: the model's, by name; None where they cannot be had. Raises BaseError if neither tells.
+    """
+    if find_dtype(config):
+        return config
+    counts = {kind.name: 0 for kind in FLOATS.values()}
+    for tensor in (tensors or {}).values():
+        if tensor.dtype in FLOATS:
+            counts[FLOATS[tensor.dtype].name] += tensor.num_elements
+    most = max(counts, key=lambda name: counts[name])
+    if not counts[most]:
+        raise BaseError(
+            "config.json names no dtype, and there are no weights at hand that tell it",
+            where,
+            f'add "dtype" to config.json: {NAMES}',
+        )
+    return {**config, "dtype": most}
 
 
 def read_tensors(folder: Path, where: str) -> dict[str, Stored]:
@@ -304,12 +330,13 @@ def preview_base(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Stored] 
     folder, base = locate_base(manifest), manifest.release.base
     where = manifest.where("base", "path" if folder else "model")
     if folder is not None:
-        return read_config(folder, where), read_tensors(folder, where)
+        checkpoint = open_checkpoint(folder, where)
+        return dict(checkpoint.config), dict(checkpoint.tensors)
     if base.config is not None:
         path = manifest.resolve(base.config)
         if not path.is_file():
             raise BaseError(f"no such file: {path}", manifest.where("base", "config"), "give a copy of config.json")
-        return check_config(path.read_bytes(), path, where), None
+        return name_dtype(check_config(path.read_bytes(), path, where), None, where), None
     model, revision = require_revision(manifest)
     sizes = {file.name: file.num_bytes for file in hub.list_files(model, revision, where=where)}
     snapshot = hub.download_files(model, revision, ["config.json", *({INDEX} & sizes.keys())], where=where)
@@ -320,7 +347,8 @@ def preview_base(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Stored] 
         tensors = parse_header(header, file, 8 + len(header), where)
         check_length(tensors, file, 8 + len(header), sizes[file], where)
         stored += tensors
-    return config, gather_tensors(stored, weight_map, where)
+    gathered = gather_tensors(stored, weight_map, where)
+    return name_dtype(config, gathered, where), gathered
 
 
 def require_revision(manifest: Manifest) -> tuple[str, str]:

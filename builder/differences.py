@@ -12,6 +12,7 @@ from typing import Any
 from builder.base import DTYPE_BYTES, Stored, read_header
 from builder.errors import BaseError
 from builder.files import CHUNK_BYTES, read_json
+from builder.floats import FLOATS
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def explain_tensor(tensor: Stored) -> str:
     role = tensor.name.rpartition(".")[2]
     if role.startswith("input"):
         return "other statistics of activations: calibrated elsewhere, or another amax table"
-    if role.startswith("weight_") or tensor.dtype != "BF16":
+    if role.startswith("weight_") or tensor.dtype not in FLOATS:
         return "another weight in the base, or another version of what quantizes it"
     return "another base: this tensor is copied from it"
 

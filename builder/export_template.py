@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from builder.base import find_dtype
 from builder.errors import BaseError
 from builder.files import read_json
 
@@ -49,6 +50,12 @@ def describe_template(base_config: Mapping[str, Any], tool: str, where: str) -> 
             f"how an export template of a {model_type} looks is not known",
             where,
             f"remove compatibility.export_template, or use a base of {', '.join(sorted(known['classes']))}",
+        )
+    if find_dtype(base_config) != "bfloat16":
+        raise BaseError(
+            f"how an export template of a base in {find_dtype(base_config)} looks is not known",
+            where,
+            "remove compatibility.export_template, or use a base in bfloat16",
         )
     moved = sorted(
         key for key, default in known["generation"].items() if base_config.get(key, default) not in (default, None)

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from builder.base import Tensor
+from builder.base import Tensor, find_dtype
 from builder.errors import BaseError, BuildError
 from builder.files import cache_folder, digest, read_receipt, write_receipt
+from builder.floats import NAMES, STORED
 
 if TYPE_CHECKING:
     import torch
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MAX_LAYERS = 10_000  # making layers takes time even without weights, and no model has so many
 
 
@@ -46,9 +46,10 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The structure of a model, found from its config alone."""
+    """The structure of a model, found from its config alone: tensors have its dtype until headers tell their own."""
 
     name: str
+    dtype: str  # what it computes in, in the safetensors format's word; a tensor may be stored in another one
     layers: tuple[Layer, ...]
     first_edge: tuple[Tensor, ...]  # what comes before the layers: the embeddings
     last_edge: tuple[Tensor, ...]  # what comes after them: final norm, lm_head
@@ -118,9 +119,9 @@ def read_dtype(config: Mapping[str, Any], where: str) -> torch.dtype:
     """The dtype the model computes in. Raises BaseError unless it is a 16- or 32-bit float."""
     import torch
 
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if name not in DTYPE_NAMES:
-        raise BaseError(f"config.json has the dtype {name}", where, "use a base in bfloat16, float16 or float32")
+    name = find_dtype(config)
+    if name not in STORED:
+        raise BaseError(f"config.json has the dtype {name}", where, f"use a base in {NAMES}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -170,7 +171,7 @@ def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture
 
     model = build_model(config, where, eager=True)
     prefix, modules = find_layers(model)
-    dtype = DTYPE_NAMES[str(model.dtype).removeprefix("torch.")]
+    dtype = STORED[str(model.dtype).removeprefix("torch.")]
     first: list[Tensor] = []
     last: list[Tensor] = []
     inside: dict[int, list[Tensor]] = {index: [] for index in range(len(modules))}
@@ -200,6 +201,7 @@ def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture
         )
     return Architecture(
         name=type(model).__name__,
+        dtype=dtype,
         layers=tuple(layers),
         first_edge=tuple(first),
         last_edge=tuple(last),

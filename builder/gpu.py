@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import torch
 
-from builder.errors import LayoutError
-from builder.kernels import BLOCK, INT4_GROUP, LARGEST_E4M3, SMALLEST_E4M3, check_matrix
+from builder.compiled import INT4_GROUP, LARGEST_E4M3, SMALLEST_E4M3
+from builder.floats import find_float
+from builder.kernels import BLOCK, check_matrix
 
 WORKSPACE_BYTES = 256 << 20
-BYTES_PER_ELEMENT = 13  # of workspace: ratio 4, code as int32 4 and as uint8 1, sign 1, scales 1, copy of a view 2
+BYTES_PER_ELEMENT = 15  # of workspace: ratio 4, code as int32 4 and as uint8 1, sign 1, scales 1, copy of a view 4
 # A magnitude's code is the number of these below it. Where a tie goes up, to the even code, stands the float32 before.
 E2M1_BOUNDS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 E2M1_BOUNDS[1::2] = E2M1_BOUNDS[1::2].nextafter(torch.tensor(0.0))
@@ -24,7 +25,7 @@ E2M1_BOUNDS[1::2] = E2M1_BOUNDS[1::2].nextafter(torch.tensor(0.0))
 
 def max_magnitude(weight_OI: torch.Tensor) -> float:
     """`builder.kernels.max_magnitude`, where the weight is; no copy of it is made."""
-    refuse_unless_bf16(weight_OI)
+    find_float(weight_OI)  # refuses any other dtype
     if not weight_OI.numel():
         return 0.0
     smallest, largest = weight_OI.detach().aminmax()
@@ -39,7 +40,7 @@ def pack_nvfp4(
     Beside them it takes WORKSPACE_BYTES at most, or what a single row takes if that is more.
     """
     check_matrix(weight_OI, BLOCK)
-    refuse_unless_bf16(weight_OI)
+    find_float(weight_OI)
     num_rows, num_columns = weight_OI.shape
     scale_2 = torch.tensor(weight_scale_2, dtype=torch.float32, device=weight_OI.device)
     smallest_scale = SMALLEST_E4M3 if block_scale_floor else 0.0
@@ -50,8 +51,8 @@ def pack_nvfp4(
     for weight_RI, packed_RH, scales_RB in zip(*chunks, strict=True):
         blocks_RBK = weight_RI.contiguous().unflatten(1, (-1, BLOCK))
         scales_RB.copy_(make_block_scales(blocks_RBK, scale_2, smallest_scale))
-        divisors_RB = scales_RB.float() * scale_2
-        packed_RH.copy_(pack_codes(blocks_RBK.float().div_(divisors_RB.unsqueeze(2))))
+        divisors_RB = scales_RB.float() * scale_2  # float32, and so is a quotient with them
+        packed_RH.copy_(pack_codes(blocks_RBK / divisors_RB.unsqueeze(2)))
     return packed_OH, scales_OB
 
 
@@ -91,30 +92,22 @@ def pack_int4(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def round_groups(
     weight_OI: torch.Tensor, group: int, largest: float, bounds: tuple[float, float], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [O, I] of a dtype and bf16 scales [O, I / group], each max |w| / largest, or 2**-7 where that is 0.
+    """Codes [O, I] of a dtype and scales [O, I / group] in the weight's own: max |w| / largest, or eps where that is 0.
 
-    Every step rounds to bf16: ratios, then their bounds, then, for integers, to the nearest, ties to even.
+    Every step rounds to the weight's dtype: ratios, then their bounds, then, for integers, to nearest, ties to even.
     """
     check_matrix(weight_OI, group)
-    refuse_unless_bf16(weight_OI)
+    find_float(weight_OI)
     num_rows, num_columns = weight_OI.shape
     codes_OI = torch.empty(num_rows, num_columns, dtype=dtype, device=weight_OI.device)
-    scales_OG = torch.empty(num_rows, num_columns // group, dtype=torch.bfloat16, device=weight_OI.device)
-    divisor = torch.tensor(largest, dtype=torch.bfloat16, device=weight_OI.device)
+    scales_OG = torch.empty(num_rows, num_columns // group, dtype=weight_OI.dtype, device=weight_OI.device)
+    divisor = torch.tensor(largest, dtype=weight_OI.dtype, device=weight_OI.device)
     step = max(1, WORKSPACE_BYTES // (BYTES_PER_ELEMENT * num_columns))
     chunks = (torch.split(tensor, step) for tensor in (weight_OI.detach(), codes_OI, scales_OG))
     for weight_RI, codes_RI, scales_RG in zip(*chunks, strict=True):
         groups_RGK = weight_RI.unflatten(1, (-1, group))
         found_RG = groups_RGK.abs().amax(2) / divisor
-        scales_RG.copy_(found_RG.where(found_RG != 0, torch.finfo(torch.bfloat16).eps))
+        scales_RG.copy_(found_RG.where(found_RG != 0, torch.finfo(weight_OI.dtype).eps))
         ratios_RGK = (groups_RGK / scales_RG.unsqueeze(2)).add_(0.0).clamp_(*bounds)  # -0.0 + 0.0 is +0.0
         codes_RI.copy_((ratios_RGK.round_() if dtype == torch.int8 else ratios_RGK).flatten(1))
     return codes_OI, scales_OG
-
-
-def refuse_unless_bf16(weight: torch.Tensor) -> None:
-    if weight.dtype != torch.bfloat16:
-        raise LayoutError(
-            f"a weight of dtype {str(weight.dtype).removeprefix('torch.')}, where only bfloat16 can be read",
-            fix="use a bfloat16 base model, or add this linear to the scheme's ignore list",
-        )

@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from builder.base import DTYPE_BYTES, Stored, Tensor
 from builder.errors import BuildError, ManifestError, raise_all
 from builder.families import Architecture, Layer
+from builder.floats import FLOATS, NAMES
 from builder.manifest import Manifest
 from builder.schemes import Mixed, Scheme, divide_linears, matches
 from builder.schemes.cache import plan_scales
@@ -176,10 +177,14 @@ def plan_release(
 ) -> Plan:
     """Lay out a whole release. Pure: reads nothing but its arguments.
 
-    headers: the base's tensors where they can be had; then they must agree with the architecture.
+    headers: the base's tensors where they can be had; then they must agree with the architecture, and each tensor
+    has the dtype that it is stored in, which need not be the config's.
     Raises Problems, or one of them, for whatever does not hold.
     """
-    unused = compare_headers(architecture, headers) if headers is not None else ()
+    unused: tuple[str, ...] = ()
+    if headers is not None:
+        unused = compare_headers(architecture, headers)
+        architecture = take_dtypes(architecture, headers)
     ignore = resolve_ignore(manifest, architecture)
     if isinstance(scheme, Mixed):
         check_parts(manifest, scheme, architecture, ignore)
@@ -224,14 +229,25 @@ def compare_headers(architecture: Architecture, headers: Mapping[str, Stored]) -
             problems.append(f"{name} is missing from the base model")
         elif found.shape != tensor.shape:
             problems.append(f"{name} is {list(found.shape)}, but config.json makes it {list(tensor.shape)}")
-        elif found.dtype != tensor.dtype:
-            problems.append(f"{name} is {found.dtype}, but config.json says {tensor.dtype}")
+        elif found.dtype not in FLOATS:
+            problems.append(f"{name} is {found.dtype}, not {NAMES}")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise BuildError(
             problems[0] + more, "the base model's headers", "fetch the base again, or mend its config.json"
         )
     return tuple(sorted(headers.keys() - wanted.keys()))
+
+
+def take_dtypes(architecture: Architecture, headers: Mapping[str, Stored]) -> Architecture:
+    """An architecture whose tensors have the dtypes that they are stored in."""
+
+    def take(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(replace(tensor, dtype=headers[tensor.name].dtype) for tensor in tensors)
+
+    layers = tuple(replace(layer, tensors=take(layer.tensors)) for layer in architecture.layers)
+    first, last = take(architecture.first_edge), take(architecture.last_edge)
+    return replace(architecture, layers=layers, first_edge=first, last_edge=last)
 
 
 def resolve_ignore(manifest: Manifest, architecture: Architecture) -> set[str]:
@@ -330,7 +346,8 @@ def plan_units(
 ) -> tuple[Unit, ...]:
     """The edges and layers, in order, with what each yields."""
     units = [plan_edge("first-edge", architecture.first_edge)]
-    units += [plan_layer(layer, scheme, ignore, caches=caches) for layer in architecture.layers]
+    cache_dtype = architecture.dtype if caches else None
+    units += [plan_layer(layer, scheme, ignore, cache_dtype) for layer in architecture.layers]
     units.append(plan_edge("last-edge", architecture.last_edge))
     return tuple(unit for unit in units if unit.tensors)
 
@@ -340,10 +357,10 @@ def plan_edge(name: str, tensors: tuple[Tensor, ...]) -> Unit:
     return Unit(name=name, layer=None, groups=(), kept=tuple(tensor.name for tensor in tensors), tensors=tensors)
 
 
-def plan_layer(layer: Layer, scheme: Scheme, ignore: set[str], *, caches: bool) -> Unit:
+def plan_layer(layer: Layer, scheme: Scheme, ignore: set[str], cache_dtype: str | None) -> Unit:
     """A layer's linears are replaced by what the scheme makes of them, in their own places.
 
-    caches: whether the layer gets scales of its KV cache, which come last.
+    cache_dtype: what a model computes in whose layers get scales of their KV caches, which come last; None for no such.
     """
     groups = tuple(group for group in layer.groups if group[0] not in ignore)
     quantized = {f"{linear}.weight": linear for group in groups for linear in group}
@@ -355,9 +372,9 @@ def plan_layer(layer: Layer, scheme: Scheme, ignore: set[str], *, caches: bool) 
         else:
             tensors.append(tensor)
             kept.append(tensor.name)
-    attention = layer.attention if caches else None
-    if attention:
-        tensors += plan_scales(attention, scheme.layout)
+    attention = layer.attention if cache_dtype else None
+    if attention and cache_dtype:
+        tensors += plan_scales(attention, scheme.layout, cache_dtype)
     return Unit(
         name=f"layer-{layer.index:05d}",
         layer=layer.index,
@@ -509,17 +526,19 @@ def estimate_memory(
 ) -> tuple[int, int]:
     """Peak bytes of a worker while calibrating and while quantizing.
 
-    Calibrating holds one layer, a second copy of its largest weight for a matrix product, its rows' hidden states
-    (twice while they are saved), and a row's widest activations in float32; exact arithmetic also the layer's weights
-    as integers, and four such activations more. Quantizing holds what one group of linears
-    yields, its largest weight, and as much again on the way. Measured peaks stay below this, by 20 % at most.
+    Calibrating holds, in the model's dtype, one layer, a second copy of its largest weight for a matrix product, and
+    its rows' hidden states (twice while they are saved), and a row's widest activations in float32; exact arithmetic
+    also the layer's weights as integers of 16 bits, and four such activations more. Quantizing holds what one group of
+    linears yields, its largest weight, and as much again on the way. Measured peaks stay below this, by 20 % at most.
     """
     hidden = int(architecture.facts.get("hidden_size", 0))
     widest = max(int(architecture.facts.get("intermediate_size", hidden)), hidden)
-    layer = max(sum(tensor.num_bytes for tensor in layer.tensors) for layer in architecture.layers)
+    layer = max(sum(tensor.num_elements for tensor in layer.tensors) for layer in architecture.layers)
+    second = max(tensor.num_elements for layer in architecture.layers for tensor in layer.tensors)
+    held = DTYPE_BYTES[architecture.dtype] * (layer + second + 2 * rows * longest * hidden)
+    calibrate = CALIBRATE_BYTES + held + 6 * longest * widest * 4
     largest = max(tensor.num_bytes for layer in architecture.layers for tensor in layer.tensors)
-    calibrate = CALIBRATE_BYTES + layer + largest + 2 * rows * longest * hidden * 2 + 6 * longest * widest * 4
-    calibrate += (EXACT_BYTES + layer + 4 * longest * widest * 4) if exact else 0
+    calibrate += (EXACT_BYTES + 2 * layer + 4 * longest * widest * 4) if exact else 0
     quantize = QUANTIZE_BYTES + 2 * largest + max(largest_group(unit) for unit in units if unit.groups)
     return calibrate if rows else 0, quantize
 

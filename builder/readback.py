@@ -135,7 +135,7 @@ def read_amax(entry: Entry) -> float:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a scheme rounds weights to codes with a bf16 scale for each row, or group of columns.
+    """How a scheme rounds weights to codes with a scale for each row, or group of columns, in the weights' dtype.
 
     codes, dtype, bits: what codes are called, stored as, and take. largest: what a scale is to the largest weight.
     full: the smallest magnitude that the largest weight's code can have, where its scale kept its digits.
@@ -151,12 +151,12 @@ class Rounding:
     relative: float
     steps: float
 
-    def contract(self, num_outputs: int, num_inputs: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """{suffix: (dtype, shape)} of what loaders read for a linear."""
+    def contract(self, num_outputs: int, num_inputs: int, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """{suffix: (dtype, shape)} of what loaders read for a linear whose weight has a dtype."""
         packed = 32 // self.bits if self.dtype == "I32" else 1
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {
             self.codes: (self.dtype, (num_outputs, num_inputs // packed)),
-            "weight_scale": ("BF16", (num_outputs, num_inputs // self.group if self.group else 1)),
+            "weight_scale": (dtype, (num_outputs, num_inputs // self.group if self.group else 1)),
         }
         return tensors if packed == 1 else {**tensors, "weight_shape": ("I64", (2,))}
 
@@ -168,25 +168,25 @@ class Rounding:
             return raw.view(np.int8).astype(np.float32)
         return np.stack([raw & 0xF, raw >> 4], axis=-1).reshape(len(raw), -1).astype(np.float32) - 8
 
-    def make_scales(self, weights_NK: Floats) -> Floats:
-        """[N, G]: the largest magnitude of each group over `largest`, rounded to bf16; 2^-7 where that is zero."""
+    def make_scales(self, weights_NK: Floats, dtype: str) -> Floats:
+        """[N, G]: the largest magnitude of each group over `largest`, rounded; the dtype's epsilon where that is 0."""
         amax = np.abs(self.split(weights_NK)).max(axis=-1)
-        scales = round_to_bf16(amax / np.float32(self.largest))
-        return np.where(scales == 0, np.float32(2.0**-7), scales)
+        scales = round_floats(amax / np.float32(self.largest), dtype)
+        return np.where(scales == 0, EPSILON[dtype], scales)
 
     def split(self, values_NK: Floats) -> Floats:
         """[N, K] as [N, G, K / G]."""
         return values_NK.reshape(len(values_NK), -1, self.group or values_NK.shape[1])
 
-    def count_idle(self, codes_NK: Floats, weights_NK: Floats) -> int:
+    def count_idle(self, codes_NK: Floats, weights_NK: Floats, dtype: str) -> int:
         """How many groups never use a code of full size, though their largest weight is not too small for one."""
         largest = np.abs(self.split(weights_NK)).max(axis=-1)
         unused = np.abs(self.split(codes_NK)).max(axis=-1) < self.full
-        return int((unused & (largest >= self.largest * SMALLEST_NORMAL_BF16)).sum())
+        return int((unused & (largest >= self.largest * SMALLEST[dtype])).sum())
 
-    def count_far(self, codes_NK: Floats, scales_NG: Floats, weights_NK: Floats) -> int:
+    def count_far(self, codes_NK: Floats, scales_NG: Floats, weights_NK: Floats, dtype: str) -> int:
         """How many weights are farther from what is read back than rounding can bring them."""
-        usable = scales_NG >= SMALLEST_NORMAL_BF16
+        usable = scales_NG >= SMALLEST[dtype]
         scales = scales_NG[..., None]
         weights = self.split(weights_NK)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -195,8 +195,11 @@ class Rounding:
         return int((~near & usable[..., None]).sum())
 
 
-SMALLEST_NORMAL_BF16 = np.float32(2.0**-126)
-# Dividing by a scale that was rounded to bf16, and rounding the ratio to bf16, moves a ratio by 2^-8 of itself at most.
+# The dtypes of weights: the smallest number that keeps all its digits, and the distance from 1 to the next number.
+SMALLEST = {"BF16": np.float32(2.0**-126), "F16": np.float32(2.0**-14), "F32": np.float32(2.0**-126)}
+EPSILON = {"BF16": np.float32(2.0**-7), "F16": np.float32(2.0**-10), "F32": np.float32(2.0**-23)}
+# Dividing by a scale that was rounded to bf16, and rounding the ratio to bf16, moves a ratio by 2^-8 of itself at most;
+# in the other dtypes by less.
 ROUNDINGS = {
     "fp8_dynamic": Rounding(
         "weight", "F8_E4M3", 8, None, largest=448.0, full=448.0, relative=2**-4 + 2**-8, steps=2**-9
@@ -206,8 +209,11 @@ ROUNDINGS = {
 }
 
 
-def round_to_bf16(values: Floats) -> Floats:
-    """To nearest, ties to even; infinities stay, NaN stays one."""
+def round_floats(values: Floats, dtype: str) -> Floats:
+    """To the nearest number that a dtype has, ties to even; infinities stay, NaN stays one."""
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            return values.astype({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) << 16
     return np.where(np.isnan(values), values, rounded.view(np.float32))

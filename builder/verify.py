@@ -31,8 +31,10 @@ from builder.errors import BaseError, VerifyError, nearest
 from builder.files import CHUNK_BYTES, PUBLISHED_MODE, read_json, sha256_file
 from builder.machine import available_memory, end_with_parent
 from builder.readback import (
+    EPSILON,
     FLOAT4,
     FLOAT8,
+    ITEM_BYTES,
     LARGEST,
     NAN,
     ONE,
@@ -45,7 +47,7 @@ from builder.readback import (
     read_base,
     read_floats,
     read_header,
-    round_to_bf16,
+    round_floats,
 )
 
 CHECKS = {
@@ -59,7 +61,7 @@ CHECKS = {
     "unquantized": "every other tensor equals the base's bit for bit, and none is lost",
     "block scales": "block scales are finite and positive, and the largest of each fused set is 448",
     "global scales": "each is the base's amax / 2688 (modelopt) or the inverse (compressed-tensors), to the last bit",
-    "scales": "each row's or group's scale is the base's amax / the largest code, rounded to bf16, to the last bit",
+    "scales": "each row's or group's scale is its amax / the largest code, in its weight's dtype, to the last bit",
     "codes": "every block, row or group uses its largest code, so nothing was left unwritten",
     "dequantized": "rows read back from codes and scales are close to the base's",
     "fused": "linears that inference engines fuse share their global scales",
@@ -170,6 +172,7 @@ def verify_artifact(
 
 # ------------------------------------------------------------------------------------------------ the layouts
 
+STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 INPUT_SCALE = {"compressed-tensors": "input_global_scale", "modelopt": "input_scale"}
 GLOBAL_SCALE = {"compressed-tensors": "weight_global_scale", "modelopt": "weight_scale_2"}
 CODES = {"compressed-tensors": "weight_packed", "modelopt": "weight"}
@@ -183,10 +186,11 @@ FUSED_BY_ENGINES = (
 )
 
 
-def contract(scheme: str, layout: str, num_outputs: int, num_inputs: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{suffix: (dtype, shape)} of what loaders of scheme and layout read for a linear."""
+def contract(scheme: str, layout: str, weight: Entry) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{suffix: (dtype, shape)} of what loaders of scheme and layout read for a linear, given the base's weight."""
+    num_outputs, num_inputs = weight.shape
     if scheme in ROUNDINGS:
-        return ROUNDINGS[scheme].contract(num_outputs, num_inputs)
+        return ROUNDINGS[scheme].contract(num_outputs, num_inputs, weight.dtype)
     scalar = (1,) if layout == "compressed-tensors" else ()
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {
         CODES[layout]: ("U8", (num_outputs, num_inputs // 2)),
@@ -196,11 +200,14 @@ def contract(scheme: str, layout: str, num_outputs: int, num_inputs: int) -> dic
     return tensors if scheme == "nvfp4a16" else {**tensors, INPUT_SCALE[layout]: ("F32", scalar)}
 
 
-def promised_bits(scheme: str) -> tuple[float, tuple[str, ...]]:
-    """Bits per weight, and the suffixes of what they are spent on: scales too, but those of whole rows or tensors."""
+def promised_bits(scheme: str, dtype: str) -> tuple[float, tuple[str, ...]]:
+    """Bits per weight, and the suffixes of what they are spent on: scales too, but those of whole rows or tensors.
+
+    dtype: the weight's.
+    """
     if scheme in ROUNDINGS:
         rounding = ROUNDINGS[scheme]
-        shared = 16 / rounding.group if rounding.group else 0
+        shared = 8 * ITEM_BYTES[dtype] / rounding.group if rounding.group else 0
         return rounding.bits + shared, (rounding.codes, *(["weight_scale"] if shared else []))
     return 4.5, (*CODES.values(), "weight_scale")
 
@@ -232,6 +239,16 @@ class Reading:
         self.base_config = read_json(self.base / "config.json")
         if not isinstance(self.base_config, dict):
             raise BaseError("config.json is missing or not JSON", str(self.base), "fetch the base model again")
+        self.dtype = self.find_dtype()
+
+    def find_dtype(self) -> str:
+        """What the model computes in: what the base's config.json says, or the dtype of most of its weights."""
+        told = self.base_config.get("dtype") or self.base_config.get("torch_dtype")
+        sizes = dict.fromkeys(STORED, 0)
+        for entry in self.source.values():
+            for name in (name for name, dtype in STORED.items() if dtype == entry.dtype):
+                sizes[name] += entry.num_bytes // ITEM_BYTES[entry.dtype]
+        return str(told or max(sizes, key=lambda name: sizes[name]))
 
     def add(self, check: str, where: str, what: str, fix: str = REBUILD, severity: Severity = "error") -> None:
         assert check in CHECKS
@@ -383,7 +400,6 @@ def check_layout(reading: Reading) -> None:
     known = {*reading.source, *(name for name, _, _ in list_cache_scales(reading))}
     for module in reading.quantized:
         scheme = reading.scheme(module)
-        promised, counted = promised_bits(scheme)
         block = ROUNDINGS[scheme].group or 1 if scheme in ROUNDINGS else 16
         weight = reading.source.get(f"{module}.weight")
         if weight is None or len(weight.shape) != 2 or weight.shape[1] % block:
@@ -391,8 +407,9 @@ def check_layout(reading: Reading) -> None:
             reading.add("layout", module, what, "correct the plan")
             continue
         known.discard(f"{module}.weight")
+        promised, counted = promised_bits(scheme, weight.dtype)
         num_bytes, problems = 0, []
-        for suffix, (dtype, shape) in contract(scheme, reading.layout, *weight.shape).items():
+        for suffix, (dtype, shape) in contract(scheme, reading.layout, weight).items():
             known.add(f"{module}.{suffix}")
             reading.counts["layout"] += 1
             entry = reading.entries.get(f"{module}.{suffix}")
@@ -491,12 +508,12 @@ def check_rounded(reading: Reading, module: str) -> None:
     for begin in range(0, num_rows, step):
         end = min(begin + step, num_rows)
         weights_NK = read_floats(weight.rows(begin, end), weight.dtype)
-        scales_NG = read_floats(scales.rows(begin, end), "BF16")
+        scales_NG = read_floats(scales.rows(begin, end), weight.dtype)
         codes_NK = rounding.read_codes(codes.rows(begin, end))
-        wrong["scales"] += int((scales_NG != rounding.make_scales(weights_NK)).sum())
-        wrong["codes"] += rounding.count_idle(codes_NK, weights_NK)
-        wrong["dequantized"] += rounding.count_far(codes_NK, scales_NG, weights_NK)
-    num_scales = scales.num_bytes // 2
+        wrong["scales"] += int((scales_NG != rounding.make_scales(weights_NK, weight.dtype)).sum())
+        wrong["codes"] += rounding.count_idle(codes_NK, weights_NK, weight.dtype)
+        wrong["dequantized"] += rounding.count_far(codes_NK, scales_NG, weights_NK, weight.dtype)
+    num_scales = scales.num_bytes // ITEM_BYTES[weight.dtype]
     looked_at = {"scales": num_scales, "codes": num_scales, "dequantized": num_rows}
     told = {
         "scales": f"{wrong['scales']} of {num_scales} are not what the base's weights give",
@@ -507,7 +524,7 @@ def check_rounded(reading: Reading, module: str) -> None:
         reading.counts[check] += number
         if wrong[check]:
             reading.add(check, f"{module}.weight_scale" if check == "scales" else module, told[check])
-    if "weight_shape" in rounding.contract(*weight.shape):
+    if "weight_shape" in rounding.contract(num_rows, num_columns, weight.dtype):
         found = reading.entries[f"{module}.weight_shape"].read(0, 16).view(np.int64).tolist()
         if found != list(weight.shape):
             reading.add("layout", f"{module}.weight_shape", f"{found}, but the weight is {list(weight.shape)}")
@@ -662,7 +679,6 @@ CACHE_SCALES = {
     "compressed-tensors": {"key": "k_scale", "value": "v_scale"},
     "modelopt": {"key": "k_proj.k_scale", "value": "v_proj.v_scale"},
 }
-CACHE_CONTRACT: dict[str, tuple[str, tuple[int, ...]]] = {"compressed-tensors": ("BF16", (1,)), "modelopt": ("F32", ())}
 
 
 def list_cache_scales(reading: Reading) -> Iterator[tuple[str, str, str]]:
@@ -675,7 +691,7 @@ def list_cache_scales(reading: Reading) -> Iterator[tuple[str, str, str]]:
 def check_cache_scales(reading: Reading) -> None:
     """Each is a multiplier, as engines read it: the amax that calibration recorded / 448."""
     recalibrate = "calibrate again, and write the scales as multipliers"
-    dtype, shape = CACHE_CONTRACT[reading.layout]
+    dtype, shape = ("F32", ()) if reading.layout == "modelopt" else (STORED[reading.dtype], (1,))
     found: dict[str, float] = {}
     for name, attention, kind in list_cache_scales(reading):
         reading.counts["kv cache"] += 1
@@ -685,9 +701,8 @@ def check_cache_scales(reading: Reading) -> None:
             reading.add("kv cache", name, f"the scale of {kind}s is {what}")
             continue
         scale = found[name] = float(read_floats(entry.read(0, entry.num_bytes), dtype)[0])
-        wanted = np.float32(float.fromhex(reading.cache_amax[attention][kind])) / np.float32(448)
-        if dtype == "BF16":
-            wanted = np.float32(round_to_bf16(np.array([wanted], np.float32))[0])
+        amax = np.array([float.fromhex(reading.cache_amax[attention][kind])], np.float32)
+        wanted = round_floats(amax / np.float32(448), dtype)[0] or EPSILON[dtype]
         if scale != float(wanted):
             inverted = ": it is the inverse" if np.isclose(scale * float(wanted), 1, rtol=1e-2) else ""
             reading.add("kv cache", name, f"{scale:g}, but {float(wanted):g} was measured{inverted}", recalibrate)
@@ -753,7 +768,7 @@ def check_config(reading: Reading) -> None:
     if not isinstance(config, dict):
         reading.add("config", "config.json", "missing or not JSON")
         return
-    ours, theirs = (plain_config(config), plain_config(reading.base_config))
+    ours, theirs = plain_config(config), {"dtype": reading.dtype, **plain_config(reading.base_config)}
     reading.counts["config"] = len(ours.keys() | theirs.keys())
     for key in sorted(ours.keys() | theirs.keys()):
         if key not in ours or key not in theirs or ours[key] != theirs[key]:
@@ -939,6 +954,8 @@ def check_loading(reading: Reading) -> None:
         "quantized": reading.quantized,
         "cached": bool(reading.cache_amax),
         "ignore": reading.unquantized_linears(),
+        # what compressed-tensors 0.20 makes of NVFP4 codes, whatever the model's own dtype
+        "dtype": "bfloat16" if any(part["scheme"] in NVFP4 for part in reading.parts) else "auto",
     }
     told = answer("builder.verify", job)
     reading.counts["loading"] = len(told.get("observed", {}))
@@ -997,16 +1014,14 @@ def load_whole(job: Mapping[str, Any]) -> dict[str, Any]:
 
     artifact = job["artifact"]
     auto = transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"output_loading_info": True}
+    options: dict[str, Any] = {"output_loading_info": True, "dtype": job["dtype"]}
     try:
         if job["layout"] == "modelopt":
             config = transformers.AutoConfig.from_pretrained(artifact)
             config.quantization_config = as_compressed_tensors(job["ignore"], cached=job["cached"])
             renamed = read_renamed(Path(artifact))
             model_class = getattr(transformers, config.architectures[0])
-            model, info = model_class.from_pretrained(
-                None, config=config, state_dict=renamed, dtype=config.dtype, **options
-            )
+            model, info = model_class.from_pretrained(None, config=config, state_dict=renamed, **options)
         else:
             model, info = auto.from_pretrained(artifact, **options)
         observed: dict[str, float] = {}

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from builder.base import Checkpoint, Tensor, check_digests, find_difference, find_snapshot, open_checkpoint
 from builder.errors import BaseError, CalibrationError
 from builder.files import digest, open_atomic, read_receipt, write_receipt
+from builder.floats import find_float
 from builder.machine import measure_peak
 from builder.manifest import Scheme as SchemeSpec
 from builder.parts import Parts, view_bytes
@@ -181,12 +182,8 @@ class SavedStates:
 
     def write(self, states: deque[torch.Tensor], layer: int, amax: dict[str, dict[str, str]], started: float) -> float:
         """Write states, which are let go one by one, and their note. Returns the seconds since `started`."""
-        from builder.families import DTYPE_NAMES
-
         tensors = tuple(
-            Tensor(
-                name=str(number), dtype=DTYPE_NAMES[str(state.dtype).removeprefix("torch.")], shape=tuple(state.shape)
-            )
+            Tensor(name=str(number), dtype=find_float(state).stored, shape=tuple(state.shape))
             for number, state in enumerate(states)
         )
         path = self.folder / f"{self.name}.before-layer-{layer}.states.safetensors"
@@ -311,7 +308,7 @@ def quantize_unit(
             yield tensor, checkpoint.read_chunks(tensor.name)
             continue
         if tensor.name in cache_scales and unit.attention:
-            made |= scale_cache(unit.attention, scheme.layout, amax)
+            made |= scale_cache(unit.attention, scheme.layout, tensor.dtype, amax)
         elif tensor.name not in made:
             made |= quantize_group(checkpoint, scheme, groups[tensor.name.rpartition(".")[0]], amax, device)
         given = made.pop(tensor.name)
@@ -330,11 +327,11 @@ def quantize_group(
     return scheme.quantize_group(Weights(checkpoint, group, device), inputs)
 
 
-def scale_cache(attention: str, layout: str, amax: Amax) -> dict[str, Any]:
-    """The scales of a layer's KV cache. Raises CalibrationError if its keys and values were not measured."""
+def scale_cache(attention: str, layout: str, dtype: str, amax: Amax) -> dict[str, Any]:
+    """The scales of a layer's KV cache in a dtype. Raises CalibrationError if its keys and values were not measured."""
     if attention not in amax:
         raise CalibrationError(f"{attention} was not measured", "the amax table", "delete the receipts and run again")
-    return make_scales(attention, layout, amax[attention])
+    return make_scales(attention, layout, dtype, amax[attention])
 
 
 class Weights(Mapping[str, Any]):
@@ -351,7 +348,7 @@ class Weights(Mapping[str, Any]):
             return self.there[linear]
         name = f"{linear}.weight"
         on_cpu = self.device == "cpu"
-        weight: Any = self.checkpoint.load_words(name) if on_cpu else self.checkpoint.load(name).to(self.device)
+        weight: Any = self.checkpoint.load_array(name) if on_cpu else self.checkpoint.load(name).to(self.device)
         if self.device != "cpu" or weight.nbytes <= HELD_BYTES // len(self.linears):
             self.there[linear] = weight
         return weight

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "builder"
 
 IN_ORDER = (
     "errors",
+    "floats",
     "files",
     "digests",
     "machine",
@@ -22,6 +23,7 @@ IN_ORDER = (
     "hub",
     "pins",
     "base",
+    "compiled",
     "kernels",
     "gpu",
     "arithmetic",
@@ -73,6 +75,7 @@ ALONE = {
 }
 LIGHT = (
     "errors",
+    "floats",
     "files",
     "digests",
     "machine",

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -36,46 +37,57 @@ ATTENTION = "model.layers.0.self_attn"
 # ------------------------------------------------------------------------------------------------------ the arithmetic
 
 
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+in_each_dtype = pytest.mark.parametrize("dtype", STORED)
+
+
 def as_tensors(scales: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {
-        name: torch.from_numpy(scale).view(torch.bfloat16) if scale.dtype.itemsize == 2 else torch.tensor(scale)
+        name: torch.from_numpy(scale).view(torch.bfloat16) if scale.dtype == np.uint16 else torch.tensor(scale)
         for name, scale in scales.items()
     }
 
 
+@in_each_dtype
 @pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
-def test_what_is_planned_is_made_in_order_name_dtype_and_shape(layout: str) -> None:
-    made = make_scales(ATTENTION, layout, {"key": 3.0, "value": 5.0})
-    planned = plan_scales(ATTENTION, layout)
+def test_what_is_planned_is_made_in_order_name_dtype_and_shape(layout: str, dtype: str) -> None:
+    made = make_scales(ATTENTION, layout, dtype, {"key": 3.0, "value": 5.0})
+    planned = plan_scales(ATTENTION, layout, dtype)
     assert [(name, scale.shape, scale.nbytes) for name, scale in made.items()] == [
         (tensor.name, tensor.shape, tensor.num_bytes) for tensor in planned
     ]
-    assert {tensor.dtype for tensor in planned} == {"BF16" if layout == "compressed-tensors" else "F32"}
+    assert {tensor.dtype for tensor in planned} == {dtype if layout == "compressed-tensors" else "F32"}
+    assert [scale.dtype for scale in as_tensors(made).values()] == [STORED[tensor.dtype] for tensor in planned]
     assert all(bytes(view_bytes(scale)) for scale in made.values())
 
 
-@given(key=st.floats(2.0**-60, 2.0**60, width=32), value=st.floats(2.0**-60, 2.0**60, width=32))
-def test_scales_are_those_of_either_library_to_the_last_bit(key: float, value: float) -> None:
-    largest = [torch.tensor([magnitude]).bfloat16() for magnitude in (key, value)]
+@in_each_dtype
+@given(data=st.data())
+def test_scales_are_those_of_either_library_to_the_last_bit(dtype: str, data: st.DataObject) -> None:
+    reach = (2.0**-24, 65504.0) if dtype == "F16" else (2.0**-60, 2.0**60)
+    magnitudes = st.floats(*reach, width=32)
+    largest = [torch.tensor([data.draw(magnitudes)]).to(STORED[dtype]) for _ in range(2)]
     amax = {"key": float(largest[0]), "value": float(largest[1])}
     arguments = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True)
     wanted = [calculate_qparams(-magnitude, magnitude, arguments)[0] for magnitude in largest]
-    ours = as_tensors(make_scales(ATTENTION, "compressed-tensors", amax))
+    ours = as_tensors(make_scales(ATTENTION, "compressed-tensors", dtype, amax))
     assert [ours[f"{ATTENTION}.{kind}_scale"].item() for kind in "kv"] == [scale.item() for scale in wanted]
-    assert {scale.dtype for scale in (*wanted, *ours.values())} == {torch.bfloat16}
-    ours = as_tensors(make_scales(ATTENTION, "modelopt", amax))
+    assert {scale.dtype for scale in (*wanted, *ours.values())} == {STORED[dtype]}
+    ours = as_tensors(make_scales(ATTENTION, "modelopt", dtype, amax))
     for kind, magnitude in zip("kv", largest, strict=True):
         assert torch.equal(ours[f"{ATTENTION}.{kind}_proj.{kind}_scale"], (magnitude.float() / 448)[0])
 
 
-def test_llm_compressors_scales_come_from_the_magnitudes_it_saw() -> None:
-    found = GOLDEN["scales"]
+@pytest.mark.parametrize("dtype", [None, "float16", "float32"])
+def test_llm_compressors_scales_come_from_the_magnitudes_it_saw(dtype: str | None) -> None:
+    found = (LLM_COMPRESSOR[dtype]["kv_cache"] if dtype else GOLDEN)["scales"]
+    stored = {None: "BF16", "float16": "F16", "float32": "F32"}[dtype]
     assert len(found) == 8
     for layer in range(4):
         attention = f"model.layers.{layer}.self_attn"
         kinds = {"key": f"{attention}.k_scale", "value": f"{attention}.v_scale"}
         amax = {kind: float.fromhex(found[name]["amax"]) for kind, name in kinds.items()}
-        ours = as_tensors(make_scales(attention, "compressed-tensors", amax))
+        ours = as_tensors(make_scales(attention, "compressed-tensors", stored, amax))
         for name in kinds.values():
             wanted = found[name]
             assert str(ours[name].dtype) == wanted["dtype"] and list(ours[name].shape) == wanted["shape"]

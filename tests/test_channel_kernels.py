@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -13,7 +12,22 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import assert_same_bits, finite_words, from_words, normals, zeros_among_others
+from test_kernels import (
+    all_words,
+    assert_same_bits,
+    draw_weight,
+    finite_words,
+    from_words,
+    largest,
+    normals,
+    on_each_dtype,
+    rows_of_all_sizes,
+    shuffled,
+    smallest,
+    subnormals,
+    torch_dtype,
+    zeros_among_others,
+)
 from torch import Tensor
 
 from builder.errors import LayoutError
@@ -39,54 +53,87 @@ def reference(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     return (pack_to_int32(codes, 4) if name == "W4A16" else codes), scale
 
 
-def ties(name: str) -> Tensor:
+def ties(name: str, dtype: str) -> Tensor:
     """Values on and beside the middle between two codes, in rows whose scale is 1."""
-    largest = LARGEST_CODE[name]
-    steps = torch.arange(0, largest, 0.5).bfloat16()
-    beside = torch.cat([steps, (steps.view(torch.int16) + 1).view(torch.bfloat16)])
-    beside = beside[beside <= largest]
+    largest_code = LARGEST_CODE[name]
+    steps = torch.arange(0, largest_code, 0.5).to(torch_dtype(dtype))
+    beside = torch.cat([steps.nextafter(torch.tensor(end, dtype=steps.dtype)) for end in (0.0, 1000.0)])
+    beside = torch.cat([steps, beside[beside <= largest_code]])
     both = torch.cat([beside, -beside])
     both = both[: len(both) // 127 * 127] if len(both) >= 127 else both.repeat(127)[: 127 * len(both)]
-    return torch.cat([torch.full((len(both) // 127, 1), largest).bfloat16(), both.reshape(-1, 127)], dim=1)
+    first = torch.full((len(both) // 127, 1), largest_code, dtype=steps.dtype)
+    return torch.cat([first, both.reshape(-1, 127)], dim=1)
 
 
-WEIGHTS: dict[str, Callable[[], Tensor]] = {
-    "normals of sigma 0.02": lambda: normals(0.02),
-    "normals of sigma 1e-39": lambda: normals(1e-39),
-    "huge values": lambda: normals(1e38),
-    "rows of very different size": lambda: normals(1) * torch.logspace(-38, 37, 64)[:, None].bfloat16(),
-    "zeros and negative zeros": lambda: zeros_among_others().repeat(1, 2),
-    "every finite value, sorted": lambda: from_words(finite_words()).reshape(-1, 256),
-    "every finite value, shuffled": lambda: from_words(np.random.default_rng(0).permutation(finite_words())).view(
-        -1, 256
-    ),
-    "an odd number of rows": lambda: normals(0.02, 7, 384),
-    "a single group": lambda: normals(0.02, 1, 128),
+WEIGHTS: dict[str, Callable[[str], Tensor]] = {
+    "normals of sigma 0.02": lambda dtype: normals(0.02, dtype=dtype),
+    "tiny normals": lambda dtype: normals(smallest(dtype) / 10, dtype=dtype),
+    "normals whose scales are the smallest": lambda dtype: normals(100 * smallest(dtype), dtype=dtype),
+    "huge values": lambda dtype: normals(largest(dtype) / 3, dtype=dtype),
+    "rows of very different size": rows_of_all_sizes,
+    "zeros and negative zeros": lambda dtype: zeros_among_others(dtype).repeat(1, 2),
+    "subnormals alone": lambda dtype: subnormals(dtype)[:, : subnormals(dtype).shape[1] // 128 * 128],
+    "every finite value, sorted": lambda dtype: from_words(finite_words(dtype), dtype).reshape(-1, 256),
+    "every finite value, shuffled": shuffled,
+    "an odd number of rows": lambda dtype: normals(0.02, 7, 384, dtype),
+    "a single group": lambda dtype: normals(0.02, 1, 128, dtype),
 }
 
 
+@on_each_dtype
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_codes_and_scales_are_those_of_the_reference(name: str, weight: str) -> None:
-    assert_same_bits(KERNELS[name](WEIGHTS[weight]()), reference(name, WEIGHTS[weight]()))
+def test_codes_and_scales_are_those_of_the_reference(name: str, weight: str, dtype: str) -> None:
+    assert_same_bits(KERNELS[name](WEIGHTS[weight](dtype)), reference(name, WEIGHTS[weight](dtype)))
 
 
+@on_each_dtype
 @pytest.mark.parametrize("name", KERNELS)
-def test_codes_at_ties_and_beside_them_are_those_of_the_reference(name: str) -> None:
-    weight = ties(name)
+def test_codes_at_ties_and_beside_them_are_those_of_the_reference(name: str, dtype: str) -> None:
+    weight = ties(name, dtype)
     codes, scales = KERNELS[name](weight)
     assert torch.all(scales == 1)
     assert_same_bits((codes, scales), reference(name, weight))
 
 
+def every_quotient(name: str, dtype: str) -> Tensor:
+    """Rows in which every finite value meets many scales."""
+    values = shuffled(dtype, 3)
+    sizes = torch.logspace(-6, 4, len(values)).to(values.dtype)
+    return torch.cat([sizes[:, None], values.where(values.abs() <= sizes[:, None], 0)[:, :127]], dim=1)
+
+
+@on_each_dtype
+@pytest.mark.parametrize("name", KERNELS)
+def test_quotients_of_all_sizes_are_rounded_as_the_reference_does(name: str, dtype: str) -> None:
+    weight = every_quotient(name, dtype)
+    assert_same_bits(KERNELS[name](weight), reference(name, weight))
+
+
+@on_each_dtype
 @pytest.mark.parametrize("name", KERNELS)
 @given(data=st.data(), rows=st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_any_finite_bits_are_quantized_as_the_reference_does(name: str, data: st.DataObject, rows: int) -> None:
-    words = np.frombuffer(data.draw(st.binary(min_size=256 * rows, max_size=256 * rows)), np.uint16).copy()
-    words[(words & 0x7F80) == 0x7F80] ^= 0x4000
-    weight = from_words(words).reshape(rows, 128)
+def test_any_finite_bits_are_quantized_as_the_reference_does(
+    name: str, dtype: str, data: st.DataObject, rows: int
+) -> None:
+    weight = draw_weight(data, dtype, rows, 128)
     assert_same_bits(KERNELS[name](weight), reference(name, weight))
+
+
+@on_each_dtype
+@pytest.mark.parametrize("name", KERNELS)
+def test_scales_of_zeros_are_the_dtypes_epsilon(name: str, dtype: str) -> None:
+    _, scales = KERNELS[name](torch.zeros(2, 128, dtype=torch_dtype(dtype)))
+    assert scales.dtype == torch_dtype(dtype)
+    assert scales.tolist() == [[torch.finfo(torch_dtype(dtype)).eps]] * 2
+
+
+@on_each_dtype
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_that_should_have_been_refused_are_quantized_without_a_crash(name: str, dtype: str) -> None:
+    codes, scales = KERNELS[name](all_words(dtype))
+    assert len(codes) == len(scales) == 256
 
 
 def test_a_negative_zero_becomes_a_positive_one_and_a_tiny_negative_weight_a_negative_one() -> None:

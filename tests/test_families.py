@@ -164,11 +164,11 @@ def test_facts_hold_the_numbers_a_model_is_known_by() -> None:
     [
         ({"dtype": "float16"}, "F16"),
         ({"dtype": None, "torch_dtype": "bfloat16"}, "BF16"),
-        ({"dtype": None}, "F32"),
     ],
 )
 def test_the_dtype_is_the_configs(written: dict[str, Any], dtype: str) -> None:
-    assert {tensor.dtype for tensor in describe("LlamaForCausalLM", "llama", **written).tensors} == {dtype}
+    found = describe("LlamaForCausalLM", "llama", **written)
+    assert {tensor.dtype for tensor in found.tensors} == {dtype} == {found.dtype}
 
 
 def test_no_weight_is_in_memory() -> None:
@@ -345,7 +345,7 @@ def test_a_config_that_makes_a_model_which_cannot_run_is_refused_in_three_lines(
     )
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "nope"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "nope", None])
 def test_a_dtype_that_nothing_is_quantized_from_is_refused(dtype: str) -> None:
     assert refusal("LlamaForCausalLM", "llama", dtype=dtype) == (
         f"config.json has the dtype {dtype}\n  in {WHERE}\n  fix: use a base in bfloat16, float16 or float32"

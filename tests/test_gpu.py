@@ -20,18 +20,25 @@ import torch
 from conftest import TINY_LLAMA, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_channel_kernels import LARGEST_CODE, ties
+from test_channel_kernels import LARGEST_CODE, every_quotient, ties
 from test_channel_kernels import WEIGHTS as CHANNEL_WEIGHTS
 from test_kernels import (
-    E2M1_TIES,
-    LARGEST_BF16,
-    SMALLEST_FLOAT32,
+    GLOBAL_SCALES,
     WEIGHTS,
+    all_words,
+    any_scale,
+    any_shape,
     assert_same_bits,
+    beside_companions,
     covering_scale,
-    finite_words,
-    from_words,
+    draw_weight,
+    list_companions,
     normals,
+    on_each_dtype,
+    shuffled,
+    tied_codes,
+    tied_scales,
+    torch_dtype,
 )
 from test_worker import read_tensors
 from torch import Tensor
@@ -40,7 +47,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from builder import gpu, kernels
 from builder.calibration import choose_rows
 from builder.errors import LayoutError
-from builder.kernels import E4M3_VALUES
 from builder.manifest import load_manifest
 from builder.schemes.nvfp4 import Nvfp4
 from builder.worker import read_amax
@@ -65,44 +71,45 @@ def assert_equals_kernels(weight: Tensor, scale_2: float, device: str) -> None:
         packed, scales = gpu.pack_nvfp4(there, scale_2, block_scale_floor=floor)
         assert packed.device == scales.device == there.device
         assert_same_bits((packed.cpu(), scales.cpu()), kernels.pack_nvfp4(weight, scale_2, block_scale_floor=floor))
-    assert torch.equal(there.cpu().view(torch.int16), weight.view(torch.int16)), "the weight was modified"
+    assert_unmodified(there, weight)
+
+
+def assert_unmodified(there: Tensor, weight: Tensor) -> None:
+    assert torch.equal(there.cpu().view(torch.uint8), weight.view(torch.uint8)), "the weight was modified"
 
 
 @on_each_device
+@on_each_dtype
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_torch_operations_give_the_bits_of_the_kernels(name: str, device: str) -> None:
-    weight = WEIGHTS[name]()
+def test_torch_operations_give_the_bits_of_the_kernels(name: str, dtype: str, device: str) -> None:
+    weight = WEIGHTS[name](dtype)
     assert_equals_kernels(weight, covering_scale(weight), device)
     assert gpu.max_magnitude(weight.to(device)) == kernels.max_magnitude(weight)
 
 
 @on_each_device
-@pytest.mark.parametrize("companion", [2.0**-120, 0.02, 1.0, LARGEST_BF16])
-def test_every_finite_value_is_packed_as_the_kernels_do_beside_a_larger_one(companion: float, device: str) -> None:
-    weight = torch.zeros(255, 4096).bfloat16()
-    weight[:, 3::16] = companion
-    weight[:, 8::16] = from_words(finite_words()).view(255, 256)
-    assert_equals_kernels(weight, covering_scale(torch.tensor(companion).bfloat16()), device)
+@on_each_dtype
+@pytest.mark.parametrize("index", range(4))
+def test_every_finite_value_is_packed_as_the_kernels_do_beside_a_larger_one(
+    index: int, dtype: str, device: str
+) -> None:
+    companion = list_companions(dtype)[index]
+    scale_2 = covering_scale(torch.tensor(companion, dtype=torch_dtype(dtype)))
+    assert_equals_kernels(beside_companions(companion, dtype), scale_2, device)
 
 
 @on_each_device
-@pytest.mark.parametrize("scale_2", [SMALLEST_FLOAT32, 1e-40, 1e-6, 1.0, LARGEST_BF16 / 2688, 3e38])
-def test_any_global_scale_gives_the_bits_of_the_kernels(scale_2: float, device: str) -> None:
-    weight = from_words(np.random.default_rng(1).permutation(finite_words())).view(255, -1)
-    assert_equals_kernels(weight, float(np.float32(scale_2)), device)
+@on_each_dtype
+@pytest.mark.parametrize("scale_2", GLOBAL_SCALES)
+def test_any_global_scale_gives_the_bits_of_the_kernels(scale_2: float, dtype: str, device: str) -> None:
+    assert_equals_kernels(shuffled(dtype, 1), float(np.float32(scale_2)), device)
 
 
 @on_each_device
-def test_ties_of_codes_and_of_block_scales_go_where_the_kernels_put_them(device: str) -> None:
-    ties = torch.tensor([*E2M1_TIES, 6.0]).bfloat16().view(torch.int16)
-    positive = torch.cat([ties - 1, ties, ties[:-1] + 1]).view(torch.bfloat16)
-    codes = torch.full((2 * len(positive), 16), 6.0).bfloat16()  # scale 1, with 1 for global scale
-    codes[:, 5] = torch.cat([positive, -positive])
-    assert_equals_kernels(codes, 1.0, device)
-    values = torch.from_numpy(E4M3_VALUES[:0x7F])
-    scales = torch.zeros(126, 16).bfloat16()
-    scales[:, 0] = (values[1:] + values[:-1]) / 2 * 6
-    assert_equals_kernels(scales, 1.0, device)
+@on_each_dtype
+def test_ties_of_codes_and_of_block_scales_go_where_the_kernels_put_them(dtype: str, device: str) -> None:
+    assert_equals_kernels(tied_codes(dtype), 1.0, device)
+    assert_equals_kernels(tied_scales(dtype), 1.0, device)
 
 
 ROUNDED = ("quantize_fp8", "quantize_int8", "pack_int4")
@@ -113,20 +120,25 @@ def assert_rounds_as_kernels(name: str, weight: Tensor, device: str) -> None:
     codes, scales = getattr(gpu, name)(there)
     assert codes.device == scales.device == there.device
     assert_same_bits((codes.cpu(), scales.cpu()), getattr(kernels, name)(weight))
-    assert torch.equal(there.cpu().view(torch.int16), weight.view(torch.int16)), "the weight was modified"
+    assert_unmodified(there, weight)
 
 
 @on_each_device
+@on_each_dtype
 @pytest.mark.parametrize("name", ROUNDED)
 @pytest.mark.parametrize("weight", CHANNEL_WEIGHTS)
-def test_torch_operations_round_as_the_kernels_do(name: str, weight: str, device: str) -> None:
-    assert_rounds_as_kernels(name, CHANNEL_WEIGHTS[weight](), device)
+def test_torch_operations_round_as_the_kernels_do(name: str, weight: str, dtype: str, device: str) -> None:
+    assert_rounds_as_kernels(name, CHANNEL_WEIGHTS[weight](dtype), device)
 
 
 @on_each_device
+@on_each_dtype
 @pytest.mark.parametrize(("name", "preset"), zip(ROUNDED, LARGEST_CODE, strict=True))
-def test_torch_operations_round_ties_as_the_kernels_do(name: str, preset: str, device: str) -> None:
-    assert_rounds_as_kernels(name, ties(preset), device)
+def test_torch_operations_round_ties_and_quotients_of_all_sizes_as_the_kernels_do(
+    name: str, preset: str, dtype: str, device: str
+) -> None:
+    assert_rounds_as_kernels(name, ties(preset, dtype), device)
+    assert_rounds_as_kernels(name, every_quotient(preset, dtype), device)
 
 
 @on_each_device
@@ -137,19 +149,13 @@ def test_chunks_of_rows_are_rounded_as_the_whole(name: str, device: str, monkeyp
 
 
 @on_each_device
-@given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    scale_2=st.none() | st.floats(SMALLEST_FLOAT32, LARGEST_BF16, width=32),
-    data=st.data(),
-)
+@on_each_dtype
+@given(shape=any_shape, scale_2=any_scale, data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_any_finite_bits_are_packed_as_the_kernels_do(
-    shape: tuple[int, int], scale_2: float | None, data: st.DataObject, device: str
+    shape: tuple[int, int], scale_2: float | None, data: st.DataObject, dtype: str, device: str
 ) -> None:
-    num_words = 16 * shape[0] * shape[1]
-    words = np.frombuffer(data.draw(st.binary(min_size=2 * num_words, max_size=2 * num_words)), np.uint16).copy()
-    words[(words & 0x7F80) == 0x7F80] ^= 0x4000
-    weight = from_words(words).reshape(shape[0], -1)
+    weight = draw_weight(data, dtype, shape[0], 16 * shape[1])
     assert_equals_kernels(weight, scale_2 or covering_scale(weight) or 1.0, device)
 
 
@@ -197,20 +203,23 @@ class Divisors(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_nothing_is_divided_by_a_number_for_cuda_would_multiply_by_its_reciprocal() -> None:
-    weight = torch.empty(32, 32, dtype=torch.bfloat16, device="meta")
+@on_each_dtype
+@pytest.mark.parametrize("quantize", [lambda weight: gpu.pack_nvfp4(weight, 1e-4), gpu.quantize_fp8, gpu.pack_int4])
+def test_nothing_is_divided_by_a_number_for_cuda_would_multiply_by_its_reciprocal(quantize: Any, dtype: str) -> None:
+    weight = torch.empty(32, 128, dtype=torch_dtype(dtype), device="meta")
     with Divisors() as divisors:
-        gpu.pack_nvfp4(weight, 1e-4)
+        quantize(weight)
     assert len(divisors.seen) == 2
     assert all(isinstance(divisor, Tensor) and divisor.device == weight.device for divisor in divisors.seen)
 
 
 @on_each_device
-def test_max_magnitude_of_zeros_or_nothing_is_zero_and_nan_stands_above_infinity(device: str) -> None:
+@on_each_dtype
+def test_max_magnitude_of_zeros_or_nothing_is_zero_and_nan_stands_above_infinity(dtype: str, device: str) -> None:
     for zeros in (torch.tensor([-0.0]), torch.tensor([0.0, -0.0]), torch.empty(0, 16)):
-        assert str(gpu.max_magnitude(zeros.bfloat16().to(device))) == "0.0"
+        assert str(gpu.max_magnitude(zeros.to(torch_dtype(dtype)).to(device))) == "0.0"
     for sign in (1, -1):
-        weight = normals(0.02).to(device)
+        weight = normals(0.02, dtype=dtype).to(device)
         weight[3, 5] = sign * torch.inf
         assert gpu.max_magnitude(weight) == float("inf")
         weight[60, 7] = sign * torch.nan
@@ -218,14 +227,15 @@ def test_max_magnitude_of_zeros_or_nothing_is_zero_and_nan_stands_above_infinity
 
 
 @on_each_device
-def test_weights_that_should_have_been_refused_are_packed_without_a_crash(device: str) -> None:
-    weight = from_words(np.arange(1 << 16)).view(256, 256).to(device)
+@on_each_dtype
+def test_weights_that_should_have_been_refused_are_packed_without_a_crash(dtype: str, device: str) -> None:
+    weight = all_words(dtype).to(device)
     for scale_2 in (0.0, 1.0, float("inf"), float("nan")):
         packed, scales = gpu.pack_nvfp4(weight, scale_2)
         assert (packed.shape, scales.shape) == ((256, 128), (256, 16))
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(32, 24).bfloat16(), torch.zeros(32).bfloat16(), torch.zeros(16, 16)])
+@pytest.mark.parametrize("weight", [torch.zeros(32, 24).bfloat16(), torch.zeros(32).half(), torch.zeros(16, 16).int()])
 def test_what_the_kernels_refuse_is_refused_in_their_words(weight: Tensor) -> None:
     texts = []
     for pack in (gpu.pack_nvfp4, kernels.pack_nvfp4):

@@ -16,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from builder.compiled import CHUNK_ELEMENTS, E4M3_VALUES
 from builder.errors import LayoutError
-from builder.kernels import CHUNK_ELEMENTS, E4M3_VALUES, bf16_words, max_magnitude, pack_nvfp4
+from builder.floats import FLOATS, read_words
+from builder.kernels import max_magnitude, pack_nvfp4
 
-LARGEST_BF16 = torch.finfo(torch.bfloat16).max
+DTYPES = tuple(kind.name for kind in FLOATS.values())
+on_each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 E2M1_TIES = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
 SMALLEST_FLOAT32 = 2.0**-149
 
@@ -31,18 +34,53 @@ def modelopt_nvfp4() -> Any:
     return NVFP4QTensor
 
 
-def from_words(words: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(words, np.uint16)).view(torch.bfloat16)
+def torch_dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
-def finite_words() -> np.ndarray:
-    words = np.arange(1 << 16).astype(np.uint16)
-    return words[(words & 0x7F80) != 0x7F80]
+def largest(dtype: str) -> float:
+    return torch.finfo(torch_dtype(dtype)).max
 
 
-def normals(sigma: float, num_rows: int = 64, num_columns: int = 512) -> Tensor:
+def smallest(dtype: str) -> float:
+    """The smallest number that is not subnormal."""
+    return torch.finfo(torch_dtype(dtype)).tiny
+
+
+def from_words(words: Any, dtype: str = "bfloat16") -> Tensor:
+    """A tensor of numbers with these bits."""
+    bits = np.asarray(words, np.uint32 if dtype == "float32" else np.uint16)
+    return torch.from_numpy(bits).view(torch_dtype(dtype))
+
+
+def make_finite(words: np.ndarray, dtype: str) -> np.ndarray:
+    """Bits of any numbers; what was infinite or NaN gets another exponent."""
+    exponent, highest = {
+        "bfloat16": (0x7F80, 0x4000),
+        "float16": (0x7C00, 0x4000),
+        "float32": (0x7F800000, 0x40000000),
+    }[dtype]
+    return np.where((words & exponent) == exponent, words ^ words.dtype.type(highest), words)
+
+
+def finite_words(dtype: str = "bfloat16") -> np.ndarray:
+    """The bits of every finite number; of float32, of many, all exponents and the ends of mantissas among them."""
+    if dtype != "float32":
+        words = np.arange(1 << 16).astype(np.uint16)
+        return words[np.isfinite(from_words(words, dtype).float().numpy())]
+    exponents = np.arange(255).astype(np.uint32)[:, None] << 23
+    mantissas = np.array([0, 1, 2, 0x3FFFFF, 0x400000, 0x400001, 0x7FFFFE, 0x7FFFFF], np.uint32)
+    edges = (exponents | mantissas).reshape(-1)
+    others = np.random.default_rng(2).integers(0, 1 << 32, 65280 - 2 * edges.size, np.uint32)
+    words = np.concatenate([edges, edges | np.uint32(1 << 31), make_finite(others, dtype)])
+    return words[np.argsort(words)]
+
+
+def normals(sigma: float, num_rows: int = 64, num_columns: int = 512, dtype: str = "bfloat16") -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_rows, num_columns, generator=generator).mul(sigma).clamp(-3e38, 3e38).bfloat16()
+    values = torch.randn(num_rows, num_columns, generator=generator).mul(sigma)
+    return values.clamp(-0.99 * largest(dtype), 0.99 * largest(dtype)).to(torch_dtype(dtype))
 
 
 def covering_scale(weight: Tensor) -> float:
@@ -76,8 +114,8 @@ def assert_equals_modelopt(nvfp4: Any, weight: Tensor, scale_2: float) -> None:
     assert_same_bits(pack_nvfp4(weight, scale_2, block_scale_floor=False), reference_0_43(nvfp4, weight, scale_2))
 
 
-def zeros_among_others() -> Tensor:
-    weight = normals(0.02, 5, 64)
+def zeros_among_others(dtype: str = "bfloat16") -> Tensor:
+    weight = normals(0.02, 5, 64, dtype)
     weight[1] = 0.0
     weight[2] = -0.0
     weight[3, :16] = 0.0
@@ -85,82 +123,138 @@ def zeros_among_others() -> Tensor:
     return weight
 
 
-WEIGHTS: dict[str, Callable[[], Tensor]] = {
-    "normals of sigma 1": lambda: normals(1),
-    "normals of sigma 0.02": lambda: normals(0.02),
-    "normals of sigma 1e-30": lambda: normals(1e-30),
-    "huge values": lambda: normals(1e38),
-    "rows of very different size": lambda: normals(1) * torch.logspace(-38, 37, 64)[:, None].bfloat16(),
+def rows_of_all_sizes(dtype: str) -> Tensor:
+    sizes = torch.logspace(np.log10(smallest(dtype)), np.log10(largest(dtype)) - 1, 64)
+    return normals(1, dtype="float32").mul(sizes[:, None]).to(torch_dtype(dtype))
+
+
+def subnormals(dtype: str) -> Tensor:
+    weight = from_words(finite_words(dtype), dtype)
+    weight = weight[weight.abs() < smallest(dtype)]
+    return weight[: len(weight) // 16 * 16].reshape(1, -1)
+
+
+def shuffled(dtype: str, seed: int = 0) -> Tensor:
+    return from_words(np.random.default_rng(seed).permutation(finite_words(dtype)), dtype).reshape(-1, 256)
+
+
+WEIGHTS: dict[str, Callable[[str], Tensor]] = {
+    "normals of sigma 1": lambda dtype: normals(1, dtype=dtype),
+    "normals of sigma 0.02": lambda dtype: normals(0.02, dtype=dtype),
+    "tiny normals": lambda dtype: normals(20 * smallest(dtype), dtype=dtype),
+    "huge values": lambda dtype: normals(largest(dtype) / 3, dtype=dtype),
+    "rows of very different size": rows_of_all_sizes,
     "zeros and negative zeros": zeros_among_others,
-    "subnormals alone": lambda: from_words(finite_words()[(finite_words() & 0x7FFF) < 0x80]).reshape(1, -1),
-    "every finite value, sorted": lambda: from_words(finite_words()).reshape(-1, 256),
-    "every finite value, shuffled": lambda: from_words(np.random.default_rng(0).permutation(finite_words())).view(
-        255, -1
-    ),
-    "an odd number of rows": lambda: normals(0.02, 7, 48),
-    "a single block": lambda: normals(0.02, 1, 16),
+    "subnormals alone": subnormals,
+    "every finite value, sorted": lambda dtype: from_words(finite_words(dtype), dtype).reshape(-1, 256),
+    "every finite value, shuffled": lambda dtype: shuffled(dtype),
+    "an odd number of rows": lambda dtype: normals(0.02, 7, 48, dtype),
+    "a single block": lambda dtype: normals(0.02, 1, 16, dtype),
 }
 
 
+@on_each_dtype
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_packing_gives_the_bits_of_modelopt(modelopt_nvfp4: Any, name: str) -> None:
-    weight = WEIGHTS[name]()
+def test_packing_gives_the_bits_of_modelopt(modelopt_nvfp4: Any, name: str, dtype: str) -> None:
+    weight = WEIGHTS[name](dtype)
     assert_equals_modelopt(modelopt_nvfp4, weight, covering_scale(weight))
 
 
-@pytest.mark.parametrize("companion", [2.0**-120, 0.02, 1.0, LARGEST_BF16])
-def test_every_finite_value_is_packed_as_modelopt_does_beside_a_larger_one(
-    modelopt_nvfp4: Any, companion: float
-) -> None:
-    weight = torch.zeros(255, 4096).bfloat16()
+def beside_companions(companion: float, dtype: str) -> Tensor:
+    """Blocks of a companion, zeros, and one of every finite value each."""
+    values = from_words(finite_words(dtype), dtype).view(-1, 256)
+    weight = torch.zeros(len(values), 4096, dtype=torch_dtype(dtype))
     weight[:, 3::16] = companion
-    weight[:, 8::16] = from_words(finite_words()).view(255, 256)
-    assert_equals_modelopt(modelopt_nvfp4, weight, covering_scale(torch.tensor(companion).bfloat16()))
+    weight[:, 8::16] = values
+    return weight
 
 
-@pytest.mark.parametrize("scale_2", [SMALLEST_FLOAT32, 1e-40, 1e-6, 1.0, LARGEST_BF16 / 2688, 3e38])
-def test_any_global_scale_gives_the_bits_of_modelopt(modelopt_nvfp4: Any, scale_2: float) -> None:
-    weight = from_words(np.random.default_rng(1).permutation(finite_words())).view(255, -1)
-    assert_equals_modelopt(modelopt_nvfp4, weight, float(np.float32(scale_2)))
+def list_companions(dtype: str) -> list[float]:
+    return [64 * smallest(dtype), 0.02, 1.0, largest(dtype)]
 
 
-def test_codes_at_exact_ties_and_beside_them_are_those_of_modelopt(modelopt_nvfp4: Any) -> None:
-    ties = torch.tensor([*E2M1_TIES, 6.0]).bfloat16().view(torch.int16)
-    positive = torch.cat([ties - 1, ties, ties[:-1] + 1]).view(torch.bfloat16)
-    weight = torch.full(
-        (2 * len(positive), 16), 6.0
-    ).bfloat16()  # a block that holds 6 has scale 1, with 1 for global scale
+@on_each_dtype
+@pytest.mark.parametrize("index", range(4))
+def test_every_finite_value_is_packed_as_modelopt_does_beside_a_larger_one(
+    modelopt_nvfp4: Any, index: int, dtype: str
+) -> None:
+    companion = list_companions(dtype)[index]
+    scale_2 = covering_scale(torch.tensor(companion, dtype=torch_dtype(dtype)))
+    assert_equals_modelopt(modelopt_nvfp4, beside_companions(companion, dtype), scale_2)
+
+
+GLOBAL_SCALES = [SMALLEST_FLOAT32, 1e-40, 1e-6, 1.0, 1e35, 3e38]
+
+
+@on_each_dtype
+@pytest.mark.parametrize("scale_2", GLOBAL_SCALES)
+def test_any_global_scale_gives_the_bits_of_modelopt(modelopt_nvfp4: Any, scale_2: float, dtype: str) -> None:
+    assert_equals_modelopt(modelopt_nvfp4, shuffled(dtype, 1), float(np.float32(scale_2)))
+
+
+def tied_codes(dtype: str) -> Tensor:
+    """Weights at ties of codes and one step beside them, in blocks whose scale is 1, with 1 for global scale."""
+    ties = torch.tensor([*E2M1_TIES, 6.0], dtype=torch_dtype(dtype))
+    down, up = (ties.nextafter(torch.tensor(end, dtype=ties.dtype)) for end in (0.0, 100.0))
+    positive = torch.cat([down, ties, up[:-1]])
+    weight = torch.full((2 * len(positive), 16), 6.0, dtype=ties.dtype)
     weight[:, 5] = torch.cat([positive, -positive])
-    assert_equals_modelopt(modelopt_nvfp4, weight, 1.0)
-    _, scales = pack_nvfp4(weight, 1.0)
+    return weight
+
+
+def tied_scales(dtype: str) -> Tensor:
+    """Blocks whose scales, with 1 for global scale, are ties of E4M3."""
+    values = torch.from_numpy(E4M3_VALUES[:0x7F])
+    ties = (values[1:] + values[:-1]) / 2 * 6
+    assert torch.equal(ties, ties.to(torch_dtype(dtype)).float())
+    weight = torch.zeros(len(ties), 16, dtype=torch_dtype(dtype))
+    weight[:, 0] = -ties
+    return weight
+
+
+@on_each_dtype
+def test_codes_at_exact_ties_and_beside_them_are_those_of_modelopt(modelopt_nvfp4: Any, dtype: str) -> None:
+    assert_equals_modelopt(modelopt_nvfp4, tied_codes(dtype), 1.0)
+    _, scales = pack_nvfp4(tied_codes(dtype), 1.0)
     assert torch.all(scales.float() == 1)
 
 
-def test_block_scales_at_exact_ties_are_those_of_modelopt(modelopt_nvfp4: Any) -> None:
-    values = torch.from_numpy(E4M3_VALUES[:0x7F])
-    ties = (values[1:] + values[:-1]) / 2 * 6
-    assert torch.equal(ties, ties.bfloat16().float())
-    weight = torch.zeros(len(ties), 16).bfloat16()
-    weight[:, 0] = -ties
-    assert_equals_modelopt(modelopt_nvfp4, weight, 1.0)
+@on_each_dtype
+def test_block_scales_at_exact_ties_are_those_of_modelopt(modelopt_nvfp4: Any, dtype: str) -> None:
+    assert_equals_modelopt(modelopt_nvfp4, tied_scales(dtype), 1.0)
 
 
-@given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    scale_2=st.none() | st.floats(SMALLEST_FLOAT32, LARGEST_BF16, width=32),
-    data=st.data(),
-)
+def draw_weight(data: st.DataObject, dtype: str, num_rows: int, num_columns: int) -> Tensor:
+    """Any finite bits."""
+    kind = np.uint32 if dtype == "float32" else np.uint16
+    num_bytes = num_rows * num_columns * np.dtype(kind).itemsize
+    words = np.frombuffer(data.draw(st.binary(min_size=num_bytes, max_size=num_bytes)), kind)
+    return from_words(make_finite(words, dtype), dtype).reshape(num_rows, num_columns)
+
+
+any_shape = st.tuples(st.integers(1, 3), st.integers(1, 3))
+any_scale = st.none() | st.floats(SMALLEST_FLOAT32, largest("bfloat16"), width=32)
+
+
+@on_each_dtype
+@given(shape=any_shape, scale_2=any_scale, data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_any_finite_bits_are_packed_as_modelopt_does(
-    modelopt_nvfp4: Any, shape: tuple[int, int], scale_2: float | None, data: st.DataObject
+    modelopt_nvfp4: Any, dtype: str, shape: tuple[int, int], scale_2: float | None, data: st.DataObject
 ) -> None:
-    num_words = 16 * shape[0] * shape[1]
-    words = np.frombuffer(data.draw(st.binary(min_size=2 * num_words, max_size=2 * num_words)), np.uint16).copy()
-    words[(words & 0x7F80) == 0x7F80] ^= 0x4000
-    weight = from_words(words).reshape(shape[0], -1)
-    if scale_2 is None:
-        scale_2 = covering_scale(weight) or 1.0
-    assert_equals_modelopt(modelopt_nvfp4, weight, scale_2)
+    weight = draw_weight(data, dtype, shape[0], 16 * shape[1])
+    assert_equals_modelopt(modelopt_nvfp4, weight, scale_2 or covering_scale(weight) or 1.0)
+
+
+@on_each_dtype
+def test_arrays_are_packed_like_tensors(dtype: str) -> None:
+    weight = normals(0.02, dtype=dtype)
+    array = read_words(weight).view(next(kind.array for kind in FLOATS.values() if kind.name == dtype))
+    assert max_magnitude(array) == max_magnitude(weight)
+    packed, scales = pack_nvfp4(array, 1e-4)
+    wanted, wanted_scales = pack_nvfp4(weight, 1e-4)
+    assert np.array_equal(packed, wanted.numpy())
+    assert np.array_equal(scales, wanted_scales.view(torch.uint8).numpy())
 
 
 def test_a_byte_holds_the_even_column_below_and_the_odd_one_above() -> None:
@@ -200,10 +294,11 @@ def test_a_view_is_packed_like_its_copy(view: Callable[[Tensor], Tensor]) -> Non
     assert max_magnitude(weight) == max_magnitude(copy)
 
 
-def test_a_contiguous_weight_is_read_in_place_and_left_as_it_was() -> None:
-    weight = normals(0.02)
+@on_each_dtype
+def test_a_contiguous_weight_is_read_in_place_and_left_as_it_was(dtype: str) -> None:
+    weight = normals(0.02, dtype=dtype)
     before = weight.clone()
-    assert bf16_words(weight).ctypes.data == weight.data_ptr()
+    assert read_words(weight).ctypes.data == weight.data_ptr()
     pack_nvfp4(weight, max_magnitude(weight) / 2688)
     assert torch.equal(weight, before)
 
@@ -246,9 +341,10 @@ print("done")
     assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
 
 
+@on_each_dtype
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_max_magnitude_is_exact(name: str) -> None:
-    weight = WEIGHTS[name]()
+def test_max_magnitude_is_exact(name: str, dtype: str) -> None:
+    weight = WEIGHTS[name](dtype)
     assert max_magnitude(weight) == weight.double().abs().max().item()
 
 
@@ -259,24 +355,32 @@ def test_max_magnitude_finds_the_largest_wherever_it_is(index: int) -> None:
     assert max_magnitude(weight) == 3.0
 
 
-def test_max_magnitude_of_zeros_or_nothing_is_zero() -> None:
+@on_each_dtype
+def test_max_magnitude_of_zeros_or_nothing_is_zero(dtype: str) -> None:
     for weight in (torch.tensor([-0.0]), torch.empty(0, 16)):
-        assert str(max_magnitude(weight.bfloat16())) == "0.0"
+        assert str(max_magnitude(weight.to(torch_dtype(dtype)))) == "0.0"
 
 
+@on_each_dtype
 @pytest.mark.parametrize("sign", [1, -1])
-def test_max_magnitude_reports_infinity_and_nan_above_it(sign: int) -> None:
-    weight = normals(0.02)
+def test_max_magnitude_reports_infinity_and_nan_above_it(sign: int, dtype: str) -> None:
+    weight = normals(0.02, dtype=dtype)
     weight[3, 5] = sign * torch.inf
     assert max_magnitude(weight) == float("inf")
     weight[60, 7] = sign * torch.nan
     assert np.isnan(max_magnitude(weight))
 
 
-def test_weights_that_should_have_been_refused_are_packed_without_a_crash() -> None:
-    weight = from_words(np.arange(1 << 16)).view(256, 256)
+def all_words(dtype: str) -> Tensor:
+    """Every number there is, or of float32 many, infinities and NaNs among them."""
+    words = np.arange(1 << 16, dtype=np.uint32)
+    return from_words(words * 65537 if dtype == "float32" else words.astype(np.uint16), dtype).view(256, 256)
+
+
+@on_each_dtype
+def test_weights_that_should_have_been_refused_are_packed_without_a_crash(dtype: str) -> None:
     for scale_2 in (0.0, 1.0, float("inf"), float("nan")):
-        packed, scales = pack_nvfp4(weight, scale_2)
+        packed, scales = pack_nvfp4(all_words(dtype), scale_2)
         assert (packed.shape, scales.shape) == ((256, 128), (256, 16))
 
 
@@ -290,13 +394,13 @@ def test_a_weight_without_whole_blocks_is_refused(shape: tuple[int, ...]) -> Non
     )
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", "int8", "float8_e4m3fn"])
 def test_a_weight_of_another_dtype_is_refused(dtype: str) -> None:
-    weight = torch.zeros(16, 16, dtype=getattr(torch, dtype))
+    weight = torch.zeros(16, 16).to(torch_dtype(dtype))
     for kernel in (max_magnitude, lambda weight: pack_nvfp4(weight, 1.0)):
         with pytest.raises(LayoutError) as caught:
             kernel(weight)
         assert str(caught.value) == (
-            f"a weight of dtype {dtype}, where only bfloat16 can be read\n"
-            "  fix: use a bfloat16 base model, or add this linear to the scheme's ignore list"
+            f"a weight of dtype {dtype}, where only bfloat16, float16 or float32 can be read\n"
+            "  fix: use a base model in one of these, or add this linear to the scheme's ignore list"
         )

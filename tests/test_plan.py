@@ -513,18 +513,6 @@ def test_input_features_that_are_no_multiple_of_sixteen_are_refused_by_name(
     assert len(make_plan(odd, **{"scheme.ignore": ["lm_head", "re:.*down_proj"]}).quantized) == 4 * 6
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("float16", "F16"), ("float32", "F32")])
-def test_a_base_that_is_not_bfloat16_is_refused(
-    refuse: Callable[..., tuple[str, Manifest]], dtype: str, name: str
-) -> None:
-    said, _ = refuse(describe(dtype=dtype))
-    weight = "model.layers.0.self_attn.q_proj.weight"
-    assert said == (
-        f"{weight} is {name}, but nvfp4 packs bfloat16 weights\n"
-        f"  in {weight}\n  fix: convert the base model to bfloat16 first"
-    )
-
-
 def test_calibrated_scales_need_calibration_data(
     make_plan: Callable[..., Plan], refuse: Callable[..., tuple[str, Manifest]]
 ) -> None:
@@ -601,7 +589,7 @@ def test_headers_that_agree_leave_the_unused_tensors(tiny: Architecture, make_pl
     [
         (None, "lm_head.weight is missing from the base model"),
         ({"shape": (95, 64)}, "lm_head.weight is [95, 64], but config.json makes it [96, 64]"),
-        ({"dtype": "F16"}, "lm_head.weight is F16, but config.json says BF16"),
+        ({"dtype": "F8_E4M3"}, "lm_head.weight is F8_E4M3, not bfloat16, float16 or float32"),
     ],
 )
 def test_headers_that_disagree_with_the_config_are_refused(
@@ -619,6 +607,23 @@ def test_headers_that_disagree_with_the_config_are_refused(
     with pytest.raises(BuildError) as caught:
         compare_headers(tiny, headers)
     assert str(caught.value) == (f"model.norm.weight is missing from the base model (and 1 more)\n{tail}")
+
+
+def test_a_tensor_has_the_dtype_that_it_is_stored_in_and_so_have_its_scales(
+    tiny: Architecture, make_plan: Callable[..., Plan]
+) -> None:
+    headers, linear = store(tiny), "model.layers.1.self_attn.q_proj"
+    for name, dtype in ((f"{linear}.weight", "F16"), ("model.norm.weight", "F32")):
+        headers[name] = replace(headers[name], dtype=dtype)
+    plan = make_plan(headers=headers, kv_cache="fp8", **{"scheme.name": "fp8_dynamic"})
+    changed = {
+        name: tensor.dtype
+        for name, tensor in plan.tensors.items()
+        if name.endswith(("norm.weight", "_scale")) and tensor.dtype != "BF16"
+    }
+    assert changed == {f"{linear}.weight_scale": "F16", "model.norm.weight": "F32"}
+    assert plan.architecture.dtype == "BF16"
+    assert plan.base_num_bytes == make_plan().base_num_bytes + 2 * 64
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.kernels import compiled, compiled_parallel, one_kernel_at_a_time
+from builder.compiled import compiled, compiled_parallel
+from builder.kernels import one_kernel_at_a_time
 
 if TYPE_CHECKING:
     import torch

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from builder.artifact import Draft
+from builder.base import find_dtype
 from builder.fixes.fix import Fix, list_briefly
 
 OWN = ("quantization_config", "transformers_version")  # what the artifact may say by itself
@@ -14,6 +15,7 @@ SHRUNK = (  # all that the published pipeline puts back, in its order; it writes
 
 def detect(draft: Draft) -> str | None:
     ours, theirs = describe_model(draft.read_json("config.json")), describe_model(draft.read_base_json("config.json"))
+    theirs |= take_dtype(ours, theirs)
     keys = [key for key in SHRUNK if key in theirs] if draft.from_template else sorted(ours.keys() | theirs.keys())
     wrong = [key for key in keys if show(ours, key) != show(theirs, key)]
     if not wrong:
@@ -27,6 +29,11 @@ def describe_model(config: dict[str, Any]) -> dict[str, Any]:
     return {"dtype" if key == "torch_dtype" else key: value for key, value in config.items() if key not in OWN}
 
 
+def take_dtype(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """The dtype that the artifact names where the base names none."""
+    return {"dtype": config["dtype"]} if "dtype" in config and not find_dtype(base) else {}
+
+
 def show(config: dict[str, Any], key: str) -> str:
     return json.dumps(config[key], sort_keys=True) if key in config else "absent"
 
@@ -36,7 +43,7 @@ def apply(draft: Draft) -> None:
     if draft.from_template:
         config |= {key: base[key] for key in SHRUNK if key in base}
     else:
-        config = {**base, "quantization_config": config["quantization_config"]}
+        config = {**base, **take_dtype(config, base), "quantization_config": config["quantization_config"]}
     draft.write_json("config.json", config)
 
 

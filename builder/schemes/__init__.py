@@ -51,7 +51,7 @@ class Scheme(Protocol):
     def quantize_group(self, weights: Mapping[str, Weight], input_amax: Mapping[str, float]) -> dict[str, Any]:
         """Quantize linears that read the same input. Returns the planned tensors; the weights are not modified.
 
-        weights: bf16 tensors, or numpy arrays of their bits; what is returned is of the same kind.
+        weights: torch tensors, or numpy arrays as `builder.floats` has them; what is returned is of the same kind.
         """
 
     def quantization_config(
@@ -87,7 +87,7 @@ def bind_nvfp4a16(spec: manifest.Scheme) -> Scheme:
 
 
 def bind_rounded(spec: manifest.Scheme) -> Scheme:
-    """A scheme of 8 or 4 bits with bf16 scales, which has no options."""
+    """A scheme of 8 or 4 bits with scales of rows or groups, which has no options."""
     from builder.schemes.rounded import ROUNDED
 
     return ROUNDED[spec.name]

@@ -2,7 +2,7 @@
 
 Keys are observed as they go into the cache, after their rotation, in the unquantized model. The `modelopt` layout holds
 what nvidia-modelopt's export does (`FP8_KV_CFG`): float32 quotients. The `compressed-tensors` layout holds what
-llm-compressor's `oneshot` stores with a static maximum: quotients rounded to bfloat16. Engines take them for
+llm-compressor's `oneshot` stores with a static maximum: quotients rounded to the model's dtype. Engines take them for
 multipliers, and make the cache FP8 because config.json speaks of it.
 """
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from builder.base import Tensor
 from builder.families import watch_cache
+from builder.floats import FLOATS
 from builder.schemes.compressed import describe_arguments
 from builder.schemes.magnitudes import Amax, finite, max_magnitude
 
@@ -34,25 +35,25 @@ def name_scales(attention: str, layout: str) -> tuple[str, str]:
     return f"{attention}.k_scale", f"{attention}.v_scale"
 
 
-def plan_scales(attention: str, layout: str) -> tuple[Tensor, ...]:
-    """The tensors that a layer has besides."""
-    dtype, shape = ("F32", ()) if layout == "modelopt" else ("BF16", (1,))
-    return tuple(Tensor(name=name, dtype=dtype, shape=shape) for name in name_scales(attention, layout))
+def plan_scales(attention: str, layout: str, dtype: str) -> tuple[Tensor, ...]:
+    """The tensors that a layer has besides. dtype: what the model computes in."""
+    own, shape = ("F32", ()) if layout == "modelopt" else (dtype, (1,))
+    return tuple(Tensor(name=name, dtype=own, shape=shape) for name in name_scales(attention, layout))
 
 
-def make_scales(attention: str, layout: str, amax: Mapping[str, float]) -> dict[str, NDArray[Any]]:
-    """The planned tensors; those in bfloat16 as uint16, by their bits.
+def make_scales(attention: str, layout: str, dtype: str, amax: Mapping[str, float]) -> dict[str, NDArray[Any]]:
+    """The planned tensors, in the dtype that was planned; bfloat16 as uint16, by its bits.
 
     amax: {"key": float, "value": float}, exact in float32.
     """
     scales = {}
     for name, kind in zip(name_scales(attention, layout), KINDS, strict=True):
-        quotient = np.array(amax[kind], np.float32) / LARGEST
-        if layout == "modelopt":
-            scales[name] = np.array(quotient, np.float32)
-        else:
-            bits = quotient.reshape(1).view(np.uint32)
-            scales[name] = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+        quotient = np.array(np.float32(amax[kind]) / LARGEST)
+        if layout != "modelopt":
+            rounded = FLOATS[dtype].round(quotient.reshape(1))
+            # llm-compressor's way with a maximum that is too small for a scale in this dtype
+            quotient = rounded if rounded else FLOATS[dtype].round(np.array([FLOATS[dtype].epsilon], np.float32))
+        scales[name] = quotient
     return scales
 
 

@@ -39,14 +39,8 @@ def as_given(weight: Weight, values: NDArray[Any]) -> Weight:
     return torch.from_numpy(values.copy())
 
 
-def check_matrix(scheme: str, linear: str, weight: Tensor, block: int = 1) -> None:
-    """Refuse to plan what is not in bfloat16, or cannot be cut into blocks of so many columns."""
-    if weight.dtype != "BF16":
-        raise LayoutError(
-            f"{weight.name} is {weight.dtype}, but {scheme} packs bfloat16 weights",
-            weight.name,
-            "convert the base model to bfloat16 first",
-        )
+def check_matrix(linear: str, weight: Tensor, block: int) -> None:
+    """Refuse to plan what cannot be cut into blocks of so many columns."""
     if weight.shape[1] % block:
         raise LayoutError(
             f"{linear} has {weight.shape[1]} input features, which is not a multiple of {block}",

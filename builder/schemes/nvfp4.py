@@ -65,7 +65,7 @@ class Nvfp4:
         return packed, scale, global_scales if self.quantizes_inputs else global_scales[:1]
 
     def plan_linear(self, linear: str, weight: Tensor) -> tuple[Tensor, ...]:
-        check_matrix(self.name, linear, weight, BLOCK)
+        check_matrix(linear, weight, BLOCK)
         out_features, in_features = weight.shape
         packed, scale, global_scales = self.names
         scalar = () if self.layout == "modelopt" else (1,)
@@ -81,7 +81,7 @@ class Nvfp4:
         return observe_magnitudes(layer, prefix, linears)
 
     def quantize_group(self, weights: Mapping[str, Weight], input_amax: Mapping[str, float]) -> dict[str, Any]:
-        """weights: bf16 [O, I] by linear; input_amax: by linear, unused with unit scales.
+        """weights: [O, I] by linear, not all of one dtype perhaps; input_amax: by linear, unused with unit scales.
 
         Raises LayoutError naming a linear if a weight is all zero or not finite, or if magnitudes are so small that
         the reciprocal of their scale, which the compressed-tensors layout stores, is infinite.

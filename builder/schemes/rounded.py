@@ -1,4 +1,6 @@
-"""FP8, INT8 and INT4: weights rounded to codes of 8 or 4 bits, with a bf16 scale for each row or group of columns.
+"""FP8, INT8 and INT4: weights rounded to codes of 8 or 4 bits, with a scale for each row or group of columns.
+
+Scales have the dtype of their weight.
 
 The arithmetic is compressed-tensors', bit for bit as llm-compressor's `oneshot` runs it on the CPU
 (`compressed_tensors.quantization.utils.calculate_qparams` and `quantization.lifecycle.forward.quantize`). Nothing is
@@ -52,13 +54,13 @@ class Rounded:
     measures_inputs: bool = False
 
     def plan_linear(self, linear: str, weight: Tensor) -> tuple[Tensor, ...]:
-        check_matrix(self.name, linear, weight, self.group or 1)
+        check_matrix(linear, weight, self.group or 1)
         out_features, in_features = weight.shape
         num_scales = in_features // self.group if self.group else 1
         codes = Tensor(
             name=f"{linear}.{self.codes}", dtype=self.dtype, shape=(out_features, in_features // self.codes_per_item)
         )
-        scale = Tensor(name=f"{linear}.weight_scale", dtype="BF16", shape=(out_features, num_scales))
+        scale = Tensor(name=f"{linear}.weight_scale", dtype=weight.dtype, shape=(out_features, num_scales))
         if self.codes_per_item == 1:
             return codes, scale
         return codes, scale, Tensor(name=f"{linear}.weight_shape", dtype="I64", shape=(2,))
@@ -69,7 +71,7 @@ class Rounded:
         return observe_magnitudes(layer, prefix, linears)
 
     def quantize_group(self, weights: Mapping[str, Weight], input_amax: Mapping[str, float]) -> dict[str, Any]:
-        """weights: bf16 [O, I] by linear, each quantized by itself; input_amax: unused.
+        """weights: [O, I] by linear, each quantized by itself; input_amax: unused.
 
         Raises LayoutError naming a linear if a weight is not finite. One that is all zero stays so.
         """

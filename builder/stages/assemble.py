@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from builder import lock
-from builder.base import INDEX, find_legal_files, list_base_files
+from builder.base import INDEX, find_dtype, find_legal_files, list_base_files
 from builder.digests import identify_file
 from builder.errors import BuildError
 from builder.files import canonical_json, read_json, sha256_file, sync_folder, write_atomic, write_json
+from builder.floats import FLOATS
 from builder.manifest import Compatibility
 from builder.plan import Plan
 from builder.schemes import Scheme, bind_scheme
@@ -134,6 +135,8 @@ def write_configs(compatibility: Compatibility, plan: Plan, scheme: Scheme, draf
     from builder.export_template import describe_generation, describe_template
 
     config, embeddings = read_json(base / "config.json"), plan.architecture.embeddings
+    if not find_dtype(config):  # both reference tools write it then; nobody could tell it from quantized weights
+        config["dtype"] = FLOATS[plan.architecture.dtype].name
     quantization = scheme.quantization_config(plan.ignore, embeddings, plan.quantized)
     beside = scheme.extra_configs(plan.ignore, embeddings)
     if template := compatibility.export_template:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,15 @@ from builder.base import (
     begin_hashing,
     list_base_files,
     locate_base,
+    open_checkpoint,
     preview_base,
     preview_legal_files,
-    read_config,
-    read_tensors,
 )
 from builder.calibration import read_texts
 from builder.digests import identify_file
 from builder.errors import BuildError, ManifestError, Problems, nearest, raise_all
 from builder.files import read_receipt
+from builder.floats import FLOATS
 from builder.licenses import LICENSES, WARNING_IDS, Obligations, bind_licenses, collect_obligations, name_warnings
 from builder.manifest import Manifest
 from builder.plan import Plan, PlannedFile, plan_release
@@ -123,7 +124,8 @@ def check_template(manifest: Manifest, config: dict[str, Any], plan: Plan) -> No
 
 def read_base(folder: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """Config and headers of a base that was fetched."""
-    return read_config(folder, str(folder)), read_tensors(folder, str(folder))
+    checkpoint = open_checkpoint(folder, str(folder))
+    return dict(checkpoint.config), dict(checkpoint.tensors)
 
 
 def bind_names(workspace: Workspace) -> None:
@@ -221,6 +223,19 @@ def warn_of_compromises(manifest: Manifest) -> tuple[str, ...]:
     return tuple(f"warning (compatibility): {sentence}" for sentence in list_compromises(manifest.release))
 
 
+def warn_of_dtypes(plan: Plan) -> tuple[str, ...]:
+    """That not all weights have the dtype in which config.json runs the model."""
+    own = FLOATS[plan.architecture.dtype]
+    others = Counter(tensor.dtype for tensor in plan.architecture.tensors if tensor.dtype != own.stored)
+    if not others:
+        return ()
+    told = " and ".join(f"{count} in {FLOATS[dtype].name}" for dtype, count in sorted(others.items()))
+    return (
+        f"warning (dtype): {told} of {len(plan.architecture.tensors)} tensors, but config.json says {own.name}: "
+        "each is quantized or kept as it is stored",
+    )
+
+
 def warn_of_engine(manifest: Manifest) -> tuple[str, ...]:
     """That options and variables of the profile could not be checked."""
     from builder.options import find_options, list_versions
@@ -290,6 +305,7 @@ def lay_out(workspace: Workspace, *, with_data: bool) -> Outcome:
     warnings = (
         *([f"warning (disk): {tell_shortage(needed, free)}"] if needed > free else []),
         *of_licenses,
+        *warn_of_dtypes(plan),
         *warn_of_engine(workspace.manifest),
         *warn_of_serving(size["serving"]),
         *warn_of_compromises(workspace.manifest),

@@ -18,12 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from builder import lock
-from builder.base import open_checkpoint
+from builder.base import find_dtype, open_checkpoint
 from builder.differences import Difference, trace_file
 from builder.digests import DIGESTER
 from builder.errors import BuildError, CalibrationError, Problems, VerifyError, raise_all
 from builder.files import digest, read_receipt, write_receipt
+from builder.floats import FLOATS, STORED
 from builder.manifest import load_manifest, show_path
 from builder.published import Place, Verdict, compare_published
 from builder.recorded import RECALIBRATED, count_inputs, list_deviations, require_agreement
@@ -222,20 +225,23 @@ def take_recorded(locked: Mapping[str, Any], workspace: Workspace) -> Outcome:
 
 
 def compare_weights(workspace: Workspace, linears: Sequence[str], amax: Mapping[str, Mapping[str, float]]) -> None:
-    """Refuse a table whose weights are not the base's: their largest magnitudes are the same on any machine."""
+    """Refuse a table whose weights are not the base's: their largest magnitudes are the same on any machine.
+
+    They were measured in the model's dtype, to which a weight of another one was rounded.
+    """
     from builder.kernels import max_magnitude
 
     base = open_checkpoint(workspace.base_folder(), "the base model")
+    dtype = FLOATS[STORED[find_dtype(base.config)]]
     for linear in linears:
-        stored = base.tensors[f"{linear}.weight"]
-        if stored.dtype == "BF16":
-            found = max_magnitude(base.load_words(stored.name))
-            if found != amax[linear]["weight"]:
-                raise CalibrationError(
-                    f"the largest weight of {linear} is {found}, but the lock's table has {amax[linear]['weight']}",
-                    lock.point_at(workspace.lock_path, "amax", linear, "weight"),
-                    lock.RESTORE,
-                )
+        largest = np.array(max_magnitude(base.load_array(f"{linear}.weight")), np.float32)
+        found = dtype.read(dtype.round(largest))
+        if found != amax[linear]["weight"]:
+            raise CalibrationError(
+                f"the largest weight of {linear} is {found}, but the lock's table has {amax[linear]['weight']}",
+                lock.point_at(workspace.lock_path, "amax", linear, "weight"),
+                lock.RESTORE,
+            )
 
 
 # --- what it came to --------------------------------------------------------------------------------------------------
