@@ -156,14 +156,20 @@ def multiply_digits(right_NDK: torch.Tensor, left_MDK: torch.Tensor) -> torch.Te
 
 
 def multiply_int8(left_MK: torch.Tensor, right_NK: torch.Tensor) -> torch.Tensor:
-    """left @ right.T in int32. CUDA takes no fewer than 17 rows, and columns by eights: it gets zeros besides."""
+    """left @ right.T in int32."""
     if left_MK.device.type != "cuda":
         return torch._int_mm(left_MK, right_NK.t())
+    left, right = pad_for_cuda(left_MK, right_NK)
+    return torch._int_mm(left, right.t())[: len(left_MK), : len(right_NK)]
+
+
+def pad_for_cuda(left_MK: torch.Tensor, right_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros besides: CUDA takes no fewer than 17 rows, and columns by eights."""
     (rows, count), columns = left_MK.shape, right_NK.shape[0]
     pad = torch.nn.functional.pad
     left = pad(left_MK, (0, -count % 8, 0, max(0, 17 - rows)))
     right = pad(right_NK, (0, -count % 8, 0, -columns % 8))
-    return torch._int_mm(left.contiguous(), right.contiguous().t())[:rows, :columns]
+    return left.contiguous(), right.contiguous()
 
 
 def multiply_by_digits(x_MK: torch.Tensor, weight: Weight, bias_N: torch.Tensor) -> torch.Tensor:
