@@ -148,19 +148,20 @@ def multiply_digits(right_NDK: torch.Tensor, left_MDK: torch.Tensor) -> torch.Te
     right, left = right_NDK.flatten(1), left_MDK.flatten(1)  # copies only what was cut out of a longer sum
     places = torch.empty(4, len(right), len(left), dtype=torch.int32, device=left.device)
     low, high, both = slice(0, count), slice(count, None), slice(None)
-    places[0] = multiply_int8(right[:, low], left[:, 2 * count :])
-    places[1] = multiply_int8(right[:, both], left[:, count:])
-    places[2] = multiply_int8(right[:, both], left[:, : 2 * count])
-    places[3] = multiply_int8(right[:, high], left[:, :count])
+    multiply_int8(right[:, low], left[:, 2 * count :], places[0])
+    multiply_int8(right[:, both], left[:, count:], places[1])
+    multiply_int8(right[:, both], left[:, : 2 * count], places[2])
+    multiply_int8(right[:, high], left[:, :count], places[3])
     return places
 
 
-def multiply_int8(left_MK: torch.Tensor, right_NK: torch.Tensor) -> torch.Tensor:
-    """left @ right.T in int32."""
+def multiply_int8(left_MK: torch.Tensor, right_NK: torch.Tensor, out_MN: torch.Tensor | None = None) -> torch.Tensor:
+    """left @ right.T in int32, into `out` if it is given."""
     if left_MK.device.type != "cuda":
-        return torch._int_mm(left_MK, right_NK.t())
+        return torch._int_mm(left_MK, right_NK.t(), out=out_MN)
     left, right = pad_for_cuda(left_MK, right_NK)
-    return torch._int_mm(left, right.t())[: len(left_MK), : len(right_NK)]
+    product = torch._int_mm(left, right.t())[: len(left_MK), : len(right_NK)]
+    return product if out_MN is None else out_MN.copy_(product)
 
 
 def pad_for_cuda(left_MK: torch.Tensor, right_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
