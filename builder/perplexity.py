@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import torch
 from builder.arithmetic import functions, sums
 from builder.base import Checkpoint, open_checkpoint, read_tensors
 from builder.calibration import load_tokenizer
-from builder.errors import BaseError, BuildError, VerifyError
+from builder.errors import ArithmeticRefusal, BaseError, BuildError, VerifyError
 from builder.files import read_json
 from builder.progress import Progress
 from builder.streaming import Arithmetic, LayerStream, Row
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGEST_WINDOW = 2048
+SOUND = "see whether its weights and scales are sound"
 LARGEST_LOSS = math.log(sys.float_info.max)
 BAND_ELEMENTS = 4 << 20
 CHUNK = 64  # tokens whose log-likelihoods over the vocabulary are in memory at once
@@ -181,21 +183,30 @@ def measure_perplexity(
 
     Raises VerifyError if it is not a number, or not finite.
     """
-    rows = [stream.embed(window) for window in windows]
+    rows, losses = [stream.embed(window) for window in windows], list[float]()
     for index in range(len(stream.layers)):
-        with stream.open_layer(index) as layer:
+        with locate_refusal(stream, f"{stream.prefix}.{index}"), stream.open_layer(index) as layer:
             for row in rows:
                 stream.run_layer(layer, index, row)
         if progress:
             progress.step(index + 1)
-    losses = list[float]()
-    for row, window in zip(rows, windows, strict=True):
-        losses += measure_losses(stream, row, window, first)
+    with locate_refusal(stream, "the final norm or lm_head"):
+        for row, window in zip(rows, windows, strict=True):
+            losses += measure_losses(stream, row, window, first)
     mean = math.fsum(losses) / len(losses)  # exact, so in any order
     if not mean < LARGEST_LOSS:
         what = f"the mean negative log-likelihood is {mean}, which is no perplexity"
-        raise VerifyError(what, str(stream.checkpoint.folder), "see whether its weights and scales are sound")
+        raise VerifyError(what, str(stream.checkpoint.folder), SOUND)
     return float(functions.exp(torch.tensor(mean, dtype=torch.float64)))
+
+
+@contextmanager
+def locate_refusal(stream: LayerStream, part: str) -> Iterator[None]:
+    """Say of what exact arithmetic refuses where it is. Raises VerifyError."""
+    try:
+        yield
+    except ArithmeticRefusal as refusal:
+        raise VerifyError(refusal.what, f"{part} of {stream.checkpoint.folder}", refusal.fix or SOUND) from refusal
 
 
 def measure_losses(stream: LayerStream, row: Row, window: Sequence[int], first: int) -> list[float]:

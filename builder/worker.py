@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from builder.base import Checkpoint, Tensor, check_digests, find_difference, find_snapshot, open_checkpoint
-from builder.errors import BaseError, CalibrationError
+from builder.errors import ArithmeticRefusal, BaseError, CalibrationError
 from builder.files import digest, open_atomic, read_receipt, write_receipt
 from builder.floats import find_float
 from builder.machine import measure_peak
@@ -118,14 +118,23 @@ def measure_layer(
     linears: Sequence[str],
     attention: str | None = None,
 ) -> Amax:
-    """Run every row through one layer under the scheme's observers, and that of its KV cache if it gets scales."""
+    """Run every row through one layer under the scheme's observers, and that of its KV cache if it gets scales.
+
+    Raises CalibrationError naming a linear that met a NaN or an infinity, or else ArithmeticRefusal.
+    """
     prefix = f"{stream.prefix}.{index}."
     with stream.open_layer(index) as layer, ExitStack() as observers:
         reads = [observers.enter_context(scheme.observe(layer, prefix, linears))] if linears else []
         if attention:
             reads.append(observers.enter_context(observe_cache(layer, prefix, attention)))
-        for row in rows:
-            stream.run_layer(layer, index, row)
+        try:
+            for row in rows:
+                stream.run_layer(layer, index, row)
+        except ArithmeticRefusal as refusal:
+            for read in reads:
+                read()  # names the linear, if its weight or what it reads is no number
+            fix = refusal.fix or "fetch the base model again, or use a sound one"
+            raise ArithmeticRefusal(refusal.what, prefix.rstrip("."), fix) from refusal
         return {name: kinds for read in reads for name, kinds in read().items()}
 
 

@@ -24,6 +24,7 @@ from builder.stages import Workspace
 from builder.worker import measure_rows, merge_amax, quantize_layers, read_amax, write_amax
 
 pytestmark = pytest.mark.xdist_group("modelopt")
+NATIVE = {"calibration.arithmetic": "native"}  # in which modelopt measures too
 RENAMED = {"weight_packed": "weight", "weight_global_scale": "weight_scale_2", "input_global_scale": "input_scale"}
 
 
@@ -85,15 +86,29 @@ def test_every_tensor_is_the_one_modelopt_exports(
     shards: int,
     executor: str,
 ) -> None:
-    path = write_release(**{"shards": shards, "executor": executor, "scheme.layout": "modelopt"})
+    path = write_release(**NATIVE, **{"shards": shards, "executor": executor, "scheme.layout": "modelopt"})
     workspace = build(path, tmp_path / "build")
     assert_same_bits(read_tensors(workspace.artifact), exported(path))
+
+
+def test_exact_arithmetic_measures_what_modelopt_does_within_two_percent_and_changes_nothing_else(
+    write_release: Callable[..., Path], tmp_path: Path, exported: Callable[[Path], dict[str, torch.Tensor]]
+) -> None:
+    """modelopt's own magnitudes differ by as much between two machines."""
+    path = write_release(**{"scheme.layout": "modelopt"})
+    found, wanted = read_tensors(build(path, tmp_path / "build").artifact), exported(path)
+    scales = {name for name in wanted if name.endswith(".input_scale")}
+    assert len(scales) == 28
+    for name in scales:
+        assert found[name].item() == pytest.approx(wanted[name].item(), rel=0.02), name
+    assert_same_bits(*({name: tensors[name] for name in wanted.keys() - scales} for tensors in (found, wanted)))
+    assert found.keys() == wanted.keys()
 
 
 def test_compressed_tensors_layout_holds_the_same_bits_under_its_own_names(
     write_release: Callable[..., Path], tmp_path: Path, exported: Callable[[Path], dict[str, torch.Tensor]]
 ) -> None:
-    path = write_release()
+    path = write_release(**NATIVE)
     found = {}
     for name, tensor in read_tensors(build(path, tmp_path / "build").artifact).items():
         module, _, suffix = name.rpartition(".")
@@ -110,7 +125,7 @@ def test_compressed_tensors_layout_holds_the_same_bits_under_its_own_names(
 def test_scales_of_the_kv_cache_are_those_modelopt_exports_and_change_nothing_else(
     write_release: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = write_release(**{"scheme.layout": "modelopt", "shards": 3, "kv_cache": "fp8"})
+    path = write_release(**NATIVE, **{"scheme.layout": "modelopt", "shards": 3, "kv_cache": "fp8"})
     artifact, theirs = build(path, tmp_path / "build").artifact, tmp_path / "theirs"
     exported = export_with_modelopt(load_manifest(path), path.parent / "base", theirs, "FP8_KV_CFG")
     assert_same_bits(read_tensors(artifact), exported)
@@ -122,8 +137,8 @@ def test_scales_of_the_kv_cache_are_those_modelopt_exports_and_change_nothing_el
     # the other layout rounds them to bf16, as llm-compressor does
     renamed = {re.sub(r"\.[kv]_proj(\.[kv]_scale)", r"\1", name): scale for name, scale in scales.items()}
     rounded = {name: scale.reshape(1).bfloat16() for name, scale in renamed.items()}
-    plain = read_tensors(build(write_release(), tmp_path / "plain").artifact)
-    other = read_tensors(build(write_release(kv_cache="fp8"), tmp_path / "other").artifact)
+    plain = read_tensors(build(write_release(**NATIVE), tmp_path / "plain").artifact)
+    other = read_tensors(build(write_release(**NATIVE, kv_cache="fp8"), tmp_path / "other").artifact)
     assert_same_bits(other, {**plain, **rounded})
 
 
