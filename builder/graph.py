@@ -517,7 +517,7 @@ def make_relock(name: str) -> Callable[[], TaskFailed | None]:
             return fail(error)
         except OSError as error:
             return fail(explain_system(error, f"relock:{name}"))
-        print(f"  `git diff {RELEASES / f'{name}{ENDING}'}` shows what became another in it")
+        print(f"  `git diff {RELEASES / f'{name}{ENDING}'}` shows what changed in it")
         return None
 
     return act

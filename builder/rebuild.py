@@ -61,7 +61,7 @@ def compare_lock(old: Mapping[str, Any] | None, new: Mapping[str, Any], path: Pa
 
 
 def renew_lock(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Comparison:
-    """What becomes another in a lock that is written again from a build, whatever it said.
+    """What changes in a lock that is written again from a build, whatever it said.
 
     old: None if it could not be read.
     """
@@ -77,8 +77,8 @@ def renew_lock(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Compari
         *([f"the magnitudes of {len(moved)} of {len(new['amax'])} modules"] if moved else []),
         *([f"{len(different)} of {num_files} files of the payload"] if different else []),
     ]
-    text = f"with other values of {', '.join(changes)}" if changes else "and says what it said"
-    return Comparison("renewed", f"rewritten, {text}")
+    text = f"changed: {', '.join(changes)}" if changes else "nothing in it changed"
+    return Comparison("renewed", f"rewritten; {text}")
 
 
 def upgrade_lock(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -131,6 +131,7 @@ def render_card(
         "cache": find_cache_scales(records["calibrate"]),
         "other_cache": find_other_cache(release.serve),
         "uncalibrated": is_uncalibrated(records),
+        "native": release.calibration is not None and release.calibration.arithmetic == "native",
         "fixes": bind_fixes(manifest),
         "checks": describe_checks(records["verify"]),
         "checks_run": count_run(records["verify"]),

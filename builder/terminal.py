@@ -183,6 +183,9 @@ def print_summary(workspace: Workspace, console: Console) -> None:
         ("compared", workspace.circumstances("lock")["comparison"]),
         ("payload", f"sha256 {workspace.facts('lock')['payload_sha256']}"),
     ]
+    against_lock = workspace.circumstances("calibrate").get("against_lock", {})
+    if against_lock.get("num_different"):
+        rows.insert(-1, ("measured", against_lock["text"]))
     if measured["measured"]:
         recovery = f"{measured['recovery_percent']:.1f} % of the base"
         rows.append(("quality", f"{recovery} (perplexity {measured['base']:.2f} -> {measured['artifact']:.2f})"))

@@ -133,6 +133,28 @@ def test_a_second_build_from_nothing_is_the_first_bit_for_bit(
     assert (project / "releases" / "tiny.lock.json").read_bytes() == lock
 
 
+def test_a_lock_is_written_again_where_the_publisher_asks_for_it(
+    doit: Run, project: Path, write_release: Callable[..., Path]
+) -> None:
+    path = write_release(**QUICK)
+    refused = doit("relock:tiny")
+    assert "tiny has no lock, which relock works from" in refused.err
+    assert "fix: doit release:tiny writes it" in refused.err
+    doit("release:tiny")
+    lock = path.with_suffix(".lock.json")
+    own = lock.read_bytes()
+    lock.write_text("{}")
+    assert "fix: restore it from version control, or write it again from a build: doit relock:tiny" in (
+        doit("release:tiny").err
+    )
+    again = doit("relock:tiny")
+    assert (again.code, again.ran) == (0, ["lock", "card"])
+    assert "  lock: rewritten; the one before could not be read\n" in again.out
+    assert "  `git diff releases/tiny.lock.json` shows what changed in it\n" in again.out
+    assert lock.read_bytes() == own
+    assert doit("release:tiny").ran == []
+
+
 def test_what_was_deleted_is_made_again_and_no_more(
     doit: Run, project: Path, write_release: Callable[..., Path]
 ) -> None:

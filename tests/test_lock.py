@@ -310,11 +310,10 @@ def test_another_builder_is_named_as_versions_are(locked: dict[str, Any]) -> Non
 
 def test_a_lock_that_is_written_again_says_what_became_another(locked: dict[str, Any]) -> None:
     assert renew_lock(None, locked) == Comparison("renewed", "rewritten; the one before could not be read")
-    assert renew_lock(locked, locked) == Comparison("renewed", "rewritten, and says what it said")
+    assert renew_lock(locked, locked) == Comparison("renewed", "rewritten; nothing in it changed")
     new = change(locked, "a.safetensors", versions={"torch": "2.14.0", "python": "3.11.7"}, amax=measure(0.5, 4.5))
     assert renew_lock(locked, new).text == (
-        "rewritten, with other values of torch 2.13.0 -> 2.14.0, the magnitudes of 1 of 1 modules, "
-        "1 of 2 files of the payload"
+        "rewritten; changed: torch 2.13.0 -> 2.14.0, the magnitudes of 1 of 1 modules, 1 of 2 files of the payload"
     )
 
 

@@ -16,7 +16,7 @@ from builder.stages.workspace import Workspace
 
 
 def relock(manifest: Path, build: Path, *, tell: Callable[[str], None] = print) -> str:
-    """Build a release without regard to its lock, and replace that. Returns what became another in it.
+    """Build a release without regard to its lock, and replace that. Returns what changed in it.
 
     build: the folder that builds are in. Raises BuildError as the stages do.
     """
