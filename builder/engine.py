@@ -165,11 +165,14 @@ def read_artifacts(
     windows: Sequence[Sequence[int]],
     log: Path,
     options: Mapping[str, Any] | None = None,
+    *,
+    first: int = 1,
 ) -> list[Reading | Refusal]:
     """Load each artifact with every weight accounted for, and read windows of token ids through it.
 
     folders: of artifacts, read one after the other in one process. windows: may be none, then loading is all.
-    log: what vLLM says goes there. options: of vLLM's LLM class, beyond those that strict loading needs.
+    first: the first token of a window whose loss is asked for. log: what vLLM says goes there. options: of vLLM's LLM
+    class, beyond those that strict loading needs.
     Raises BuildError if vLLM ends before it has told about all of them.
     """
     variables = make_environment(
@@ -181,6 +184,7 @@ def read_artifacts(
     job = {
         "folders": [str(folder.absolute()) for folder in folders],
         "windows": [list(window) for window in windows],
+        "first": first,
         "options": {"max_model_len": longest, "max_num_batched_tokens": max(4096, longest), **(options or {})},
     }
     log.parent.mkdir(parents=True, exist_ok=True)

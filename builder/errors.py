@@ -51,6 +51,10 @@ class VerifyError(BuildError):
     """The finished artifact is not what it must be."""
 
 
+class ArithmeticRefusal(BuildError):
+    """Something whose bits would depend on the machine, or on nothing at all, where arithmetic has to be exact."""
+
+
 class Problems(BuildError):
     """Several problems found together, reported together."""
 

@@ -55,6 +55,7 @@ class Architecture:
     other_linears: tuple[str, ...]  # linears outside the layers: lm_head
     embeddings: tuple[str, ...]  # modules that are torch's own Embedding, not a family's: Gemma's scales what it finds
     tied: bool  # lm_head is the embeddings' own tensor and is not stored
+    inexact: tuple[str, ...]  # torch operations it runs that `builder.arithmetic` has no exact form of
     facts: Mapping[str, Any]  # hidden_size and the like, for tables
 
     @cached_property
@@ -67,17 +68,21 @@ class Architecture:
 
 
 ARCHITECTURE = TypeAdapter(Architecture)
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of this module: another one may see more
+FILES = (Path(__file__), *sorted((Path(__file__).parent / "arithmetic").glob("*.py")))
+CODE = hashlib.sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()  # other code may see more
 
 
-def build_model(config: Mapping[str, Any], where: str) -> PreTrainedModel:
+def build_model(config: Mapping[str, Any], where: str, *, eager: bool = False) -> PreTrainedModel:
     """The transformers model with every parameter and buffer on the meta device, in the config's dtype.
 
+    eager: attention and experts as the model's own code has them, in operations that `builder.arithmetic` knows.
     Raises BaseError unless the config makes a causal language model that transformers knows.
     """
     import torch
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from builder.arithmetic.attention import use_eager_code
 
     architecture, model_type = config["architectures"][0], config["model_type"]
     if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) != architecture:
@@ -94,10 +99,13 @@ def build_model(config: Mapping[str, Any], where: str) -> PreTrainedModel:
     try:
         parsed = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
         with torch.device("meta"):
-            model: PreTrainedModel = getattr(transformers, architecture)._from_config(parsed, dtype=dtype)
+            attention = {"attn_implementation": "eager"} if eager else {}
+            model: PreTrainedModel = getattr(transformers, architecture)._from_config(parsed, dtype=dtype, **attention)
     except Exception as error:  # each family's code has its own ways to fail on a wrong config
         reason = describe_failure(error)
         raise BaseError(f"config.json does not make a {architecture}: {reason}", where, "mend config.json") from error
+    if eager:
+        use_eager_code(model)
     return model.eval()
 
 
@@ -160,7 +168,7 @@ def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
 
-    model = build_model(config, where)
+    model = build_model(config, where, eager=True)
     prefix, modules = find_layers(model)
     dtype = DTYPE_NAMES[str(model.dtype).removeprefix("torch.")]
     first: list[Tensor] = []
@@ -178,7 +186,7 @@ def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture
     check_dense([tensor for tensors in inside.values() for tensor in tensors], where)
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     try:
-        groups, attentions = trace_model(model, [f"{prefix}.{index}" for index in range(len(modules))])
+        groups, attentions, inexact = trace_model(model, [f"{prefix}.{index}" for index in range(len(modules))])
     except Exception as error:  # as above
         what = f"config.json makes a {type(model).__name__} that does not run: {describe_failure(error)}"
         raise BaseError(what, where, "mend config.json, or use a base model of another family") from error
@@ -198,6 +206,7 @@ def describe_architecture(config: Mapping[str, Any], where: str) -> Architecture
         other_linears=tuple(sorted(linear for linear in linears if not linear.startswith(prefix + "."))),
         embeddings=tuple(name for name, module in model.named_modules() if type(module) is torch.nn.Embedding),
         tied=bool(getattr(model.config, "tie_word_embeddings", False)),
+        inexact=inexact,
         facts=collect_facts(model.config),
     )
 
@@ -233,13 +242,16 @@ def check_traced(linears: Sequence[str], groups: Sequence[Sequence[str]], prefix
 
 def trace_model(
     model: PreTrainedModel, layers: Sequence[str]
-) -> tuple[tuple[tuple[str, ...], ...], dict[str, str | None]]:
-    """Run one forward pass on the meta device. Returns the linears that read the same input tensor, in order, and for
-    each layer the attention whose keys and values go into the KV cache, if that happens once.
+) -> tuple[tuple[tuple[str, ...], ...], dict[str, str | None], tuple[str, ...]]:
+    """Run one forward pass on the meta device. Returns the linears that read the same input tensor, in order; for each
+    layer the attention whose keys and values go into the KV cache, if that happens once; and the operations that have
+    no exact form.
 
     The mask is given in four dimensions because transformers then takes it as it is; making one would look at values.
     """
     import torch
+
+    from builder.arithmetic.exact import arithmetic
 
     readers: dict[int, tuple[torch.Tensor, list[str]]] = {}
     cached: list[str] = []
@@ -258,7 +270,7 @@ def trace_model(
 
             hooks.append(watch_cache(module, note_cache))
     try:
-        with torch.no_grad():
+        with arithmetic() as mode:
             tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
             model(input_ids=tokens, attention_mask=torch.zeros(1, 1, 2, 2, device="meta"), use_cache=False)
     finally:
@@ -268,7 +280,7 @@ def trace_model(
     for layer in layers:
         own = [name for name in cached if name.startswith(layer + ".")]
         attentions[layer] = own[0] if len(own) == 1 else None
-    return tuple(tuple(names) for _, names in readers.values()), attentions
+    return tuple(tuple(names) for _, names in readers.values()), attentions, tuple(sorted(mode.refused))
 
 
 def is_attention(name: str, module: torch.nn.Module) -> bool:

@@ -328,6 +328,8 @@ class Calibration(Section):
     """The tokenizer adds its special tokens."""
     seed: Annotated[int, Field(ge=0), WHOLE] = 0
     """Seed of the choice of rows."""
+    arithmetic: Literal["exact", "native"] = "exact"
+    """exact: the same magnitudes on every machine; native: torch's own arithmetic, and those of its kind of machine."""
 
     @field_validator("path")
     @classmethod
@@ -580,6 +582,7 @@ calibration:
   tokens: [150, 1200]
   add_special_tokens: true
   seed: 0
+  arithmetic: exact
 perplexity: {path: heldout.txt}
 fixes: [restore-config]
 files: {max_bytes: 5GiB, packing: sequential}

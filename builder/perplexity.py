@@ -11,22 +11,27 @@ import math
 import sys
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from builder.arithmetic import functions, sums
 from builder.base import Checkpoint, open_checkpoint, read_tensors
 from builder.calibration import load_tokenizer
 from builder.errors import BaseError, BuildError, VerifyError
 from builder.files import read_json
 from builder.progress import Progress
-from builder.streaming import LayerStream
+from builder.streaming import Arithmetic, LayerStream, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LONGEST_WINDOW = 2048
 LARGEST_LOSS = math.log(sys.float_info.max)
 BAND_ELEMENTS = 4 << 20
-CHUNK = 256  # tokens whose log-likelihoods over the vocabulary are in memory at once
+CHUNK = 64  # tokens whose log-likelihoods over the vocabulary are in memory at once
 FROM_MODELOPT = {
     "weight_packed": "weight",
     "weight_global_scale": "weight_scale_2",
@@ -36,15 +41,38 @@ FROM_MODELOPT = {
 }
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Text as a model reads it: windows of token ids."""
+
+    windows: list[list[int]]
+    beginning: list[int]  # what the tokenizer puts before a text, at the head of each window
+
+    @property
+    def first(self) -> int:
+        """The first token of a window that is measured: one that is read after another, and not of the beginning."""
+        return max(1, len(self.beginning))
+
+    @property
+    def num_measured(self) -> int:
+        return sum(len(window) - self.first for window in self.windows)
+
+
 class ArtifactStream(LayerStream):
     """A quantized model, its layers decompressed by compressed-tensors one at a time.
 
     quantization_config: in compressed-tensors' form, whatever the artifact's layout.
     """
 
-    def __init__(self, checkpoint: Checkpoint, quantization_config: dict[str, Any], device: str = "cpu") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        quantization_config: dict[str, Any],
+        device: str = "cpu",
+        arithmetic: Arithmetic = "exact",
+    ) -> None:
         self.quantization_config = quantization_config
-        super().__init__(checkpoint, device)
+        super().__init__(checkpoint, device, arithmetic)
 
     def prepare_model(self) -> None:
         from compressed_tensors.compressors.base import compress_module
@@ -99,40 +127,57 @@ def decompress_in_bands(module: torch.nn.Module) -> None:
     module.quantization_status = QuantizationStatus.DECOMPRESSED
 
 
-def open_artifact(folder: Path, quantization_config: dict[str, Any], device: str = "cpu") -> ArtifactStream:
+def open_artifact(
+    folder: Path, quantization_config: dict[str, Any], device: str = "cpu", arithmetic: Arithmetic = "exact"
+) -> ArtifactStream:
     """A finished artifact as a stream of layers."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise BaseError(f"{folder}/config.json cannot be read", str(folder), "build the release again")
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    return ArtifactStream(Checkpoint(folder, plain, read_tensors(folder, str(folder))), quantization_config, device)
+    checkpoint = Checkpoint(folder, plain, read_tensors(folder, str(folder)))
+    return ArtifactStream(checkpoint, quantization_config, device, arithmetic)
 
 
-def open_base(folder: Path, device: str = "cpu") -> LayerStream:
+def open_base(folder: Path, device: str = "cpu", arithmetic: Arithmetic = "exact") -> LayerStream:
     """A base model as a stream of layers."""
-    return LayerStream(open_checkpoint(folder, str(folder)), device)
+    return LayerStream(open_checkpoint(folder, str(folder)), device, arithmetic)
 
 
-def split_text(path: Path, base: Path, longest: int, where: str) -> list[list[int]]:
-    """The held-out text as windows of token ids that do not overlap; the last one may be shorter."""
+def split_text(path: Path, base: Path, longest: int, where: str) -> HeldOut:
+    """The held-out text as windows of token ids that do not overlap; the last one may be shorter.
+
+    Each begins with what the tokenizer puts before a text, such as BOS, where it puts something: models that were
+    trained with it expect it (Gemma's perplexity is in the billions without).
+    """
     if not path.is_file():
         raise BuildError(f"no such file: {path}", where, "give a text file relative to the manifest")
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise BuildError(f"{path.name} is not UTF-8 text", where, "convert it to UTF-8") from error
-    tokens = load_tokenizer(base, where)(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = [tokens[start : start + longest] for start in range(0, len(tokens), longest)]
-    windows = [window for window in windows if len(window) > 1]
-    if not windows:
+    tokenizer = load_tokenizer(base, where)
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    before = find_beginning(tokenizer)
+    length = longest - len(before)
+    pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+    held_out = HeldOut([[*before, *piece] for piece in pieces if len(before) + len(piece) > 1], before)
+    if not held_out.windows:
         raise BuildError(f"{path.name} has no text to measure on", where, "give some thousand words")
-    return windows
+    return held_out
+
+
+def find_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids that a tokenizer puts before a text."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    at = next((at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare), 0)
+    return whole[:at]
 
 
 def measure_perplexity(
-    stream: LayerStream, windows: Sequence[Sequence[int]], progress: Progress | None = None
+    stream: LayerStream, windows: Sequence[Sequence[int]], progress: Progress | None = None, *, first: int = 1
 ) -> float:
-    """exp of the mean negative log-likelihood of every token but each window's first.
+    """exp of the mean negative log-likelihood of each window's tokens from the `first` on.
 
     Raises VerifyError if it is not a number, or not finite.
     """
@@ -143,15 +188,21 @@ def measure_perplexity(
                 stream.run_layer(layer, index, row)
         if progress:
             progress.step(index + 1)
-    total, count = 0.0, 0
+    losses = list[float]()
     for row, window in zip(rows, windows, strict=True):
-        logits = stream.read_logits(row)[:-1]
-        targets = torch.tensor(list(window[1:]), device=logits.device)
-        for start in range(0, len(targets), CHUNK):
-            log_likelihood = torch.log_softmax(logits[start : start + CHUNK].float(), dim=-1)
-            total -= float(log_likelihood.gather(1, targets[start : start + CHUNK, None]).double().sum())
-        count += len(targets)
-    if not total / count < LARGEST_LOSS:
-        what = f"the mean negative log-likelihood is {total / count}, which is no perplexity"
+        losses += measure_losses(stream, row, window, first)
+    mean = math.fsum(losses) / len(losses)  # exact, so in any order
+    if not mean < LARGEST_LOSS:
+        what = f"the mean negative log-likelihood is {mean}, which is no perplexity"
         raise VerifyError(what, str(stream.checkpoint.folder), "see whether its weights and scales are sound")
-    return math.exp(total / count)
+    return float(functions.exp(torch.tensor(mean, dtype=torch.float64)))
+
+
+def measure_losses(stream: LayerStream, row: Row, window: Sequence[int], first: int) -> list[float]:
+    """The negative log-likelihoods of a window's tokens from the `first` on, in float64."""
+    logits, losses = stream.read_logits(row)[first - 1 : -1], list[float]()
+    targets = torch.tensor(list(window[first:]), device=logits.device)
+    for start in range(0, len(targets), CHUNK):
+        some = slice(start, start + CHUNK)
+        losses += (-sums.log_likelihood(logits[some], targets[some])).tolist()
+    return losses

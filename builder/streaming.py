@@ -6,16 +6,16 @@ Shapes: T tokens of a row, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-import platform
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
+from builder.arithmetic.exact import Exact, compute_exactly
 from builder.base import Checkpoint
 from builder.errors import BaseError
 from builder.families import build_model, find_layers
@@ -24,13 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BAND_BYTES = 256 << 20
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
-
-def describe_machine(device: str) -> str:
-    """The class of machine that measured statistics are the same on: an instruction set, or a model of GPU."""
-    if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+Arithmetic = Literal["exact", "native"]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass
@@ -71,15 +68,38 @@ class Normed(Exception):
         self.hidden = hidden
 
 
+def computes(method: Method) -> Method:
+    """Have a method of a LayerStream compute in the stream's arithmetic."""
+
+    @wraps(method)
+    def wrapped(self: LayerStream, *args: Any, **kwargs: Any) -> Any:
+        with self.computing():
+            return method(self, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
 class LayerStream:
     """A model of which at most one layer has its weights in memory.
 
     checkpoint: where weights come from, by the model's own parameter names.
+    arithmetic: exact, with the same bits on every machine; or native, as torch computes here.
+    Raises ArithmeticRefusal, as its methods do, naming an operation that has no exact form.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", arithmetic: Arithmetic = "exact") -> None:
         self.checkpoint, self.device = checkpoint, torch.device(device)
-        self.model = build_model(checkpoint.config, str(checkpoint.folder))
+        self.exact = Exact() if arithmetic == "exact" else None
+        with self.computing():
+            self.build()
+
+    def computing(self) -> AbstractContextManager[Any]:
+        return compute_exactly(self.exact) if self.exact else torch.inference_mode()
+
+    def build(self) -> None:
+        """Put the model together on the meta device, and load what lies around its layers."""
+        self.model = build_model(self.checkpoint.config, str(self.checkpoint.folder), eager=self.exact is not None)
+        self.dtypes = {name: value.dtype for name, value in self.model.named_parameters()}
         self.prepare_model()
         self.prefix, layers = find_layers(self.model)
         self.layers = list(layers)
@@ -116,9 +136,11 @@ class LayerStream:
         self.model.requires_grad_(False)
 
     def load(self, name: str) -> torch.Tensor:
-        return self.checkpoint.load(name).to(self.device)
+        """A tensor of the checkpoint in the dtype that the model runs it in: a merge may hold several."""
+        tensor = self.checkpoint.load(name).to(self.device)
+        return tensor.to(self.dtypes.get(name, tensor.dtype)) if tensor.dtype in FLOATS else tensor
 
-    @torch.inference_mode()
+    @computes
     def embed(self, tokens: Sequence[int]) -> Row:
         """Turn token ids into the first layer's input, and find what every layer is called with."""
         head = self.model.get_output_embeddings()
@@ -144,20 +166,21 @@ class LayerStream:
         weights = {name: self.load(f"{self.prefix}.{index}.{name}") for name, _ in layer.named_parameters()}
         layer.load_state_dict(weights, strict=False, assign=True)
         layer.requires_grad_(False)
-        self.finish_layer(layer)
+        with self.computing():
+            self.finish_layer(layer)
         try:
             yield layer
         finally:
             layer.to("meta")
 
-    @torch.inference_mode()
+    @computes
     def run_layer(self, layer: torch.nn.Module, index: int, row: Row) -> None:
         """Carry a row through a layer; its hidden states are replaced by what the layer yields."""
         args, kwargs = row.arguments[index]
         out = layer(row.hidden, *args, **kwargs)
         row.hidden = out[0] if isinstance(out, tuple) else out
 
-    @torch.inference_mode()
+    @computes
     def read_logits(self, row: Row) -> torch.Tensor:
         """Final norm and lm_head, with whatever the family does around them: [T, V] from a row past the last layer."""
         self.load_head()

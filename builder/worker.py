@@ -72,8 +72,8 @@ def open_base(job: Mapping[str, Any]) -> Checkpoint:
 def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
     """Carry a block of calibration rows through all layers and note the largest magnitudes.
 
-    job: block of num_blocks; base, base_files {name: bytes}; scheme; device; rows [[token ids]]; linears [[names] of
-    each layer]; attentions [name or None of each layer]; folder; key; save_every_s.
+    job: block of num_blocks; base, base_files {name: bytes}; scheme; device; arithmetic; rows [[token ids]]; linears
+    [[names] of each layer]; attentions [name or None of each layer]; folder; key; save_every_s.
     Returns {block, key, amax {module: {kind: hex float}}, machine, num_rows, seconds, peak_bytes}.
     """
     folder, key, block = Path(job["folder"]), job["key"], job["block"]
@@ -81,10 +81,11 @@ def measure_rows(job: dict[str, Any]) -> dict[str, Any]:
     done = read_receipt(receipt)
     if done and done["key"] == key:
         return done
-    from builder.streaming import LayerStream, describe_machine
+    from builder.machine_class import describe_machine
+    from builder.streaming import LayerStream
 
     started = time.monotonic()
-    stream = LayerStream(open_base(job), job["device"])
+    stream = LayerStream(open_base(job), job["device"], job["arithmetic"])
     scheme = bind_described(job["scheme"])
     rows = [stream.embed(tokens) for tokens in job["rows"]]
     saved = SavedStates(folder, block, key, job["save_every_s"])

@@ -339,7 +339,8 @@ def test_more_layers_than_any_model_has_are_refused_before_they_are_made() -> No
 def test_a_config_that_makes_a_model_which_cannot_run_is_refused_in_three_lines() -> None:
     assert refusal("LlamaForCausalLM", "llama", num_key_value_heads=3) == (
         "config.json makes a LlamaForCausalLM that does not run: RuntimeError: "
-        "The size of tensor a (4) must match the size of tensor b (3) at non-singleton dimension 1\n"
+        "Attempting to broadcast a dimension of length 3 at -1! Mismatching argument at index 1 had [1, 3]; "
+        "but expected shape should be broadcastable to [1, 4]\n"
         f"  in {WHERE}\n  fix: mend config.json, or use a base model of another family"
     )
 

@@ -1,8 +1,9 @@
 """Loads each artifact of a job with every weight accounted for, and reads held-out text through it.
 
-Called with two paths: of the job {"folders": [...], "windows": [[token ids], ...], "options": {...of LLM}}, and of the
-results, one to a folder: {"seconds", "peak_bytes", "kernels", "losses"}, or {"error"} where vLLM refused the artifact.
-The losses of a window are the negative log-likelihoods of its tokens but the first; null where one is not finite.
+Called with two paths: of the job {"folders": [...], "windows": [[token ids], ...], "first": 1, "options": {...of LLM}},
+and of the results, one to a folder: {"seconds", "peak_bytes", "kernels", "losses"}, or {"error"} where vLLM refused the
+artifact. The losses of a window are the negative log-likelihoods of its tokens from the first that is measured on; null
+where one is not finite.
 """
 
 import gc
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 
-def read_artifact(folder: str, windows: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
+def read_artifact(folder: str, windows: list[list[int]], first: int, options: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     started = time.monotonic()
@@ -34,7 +35,7 @@ def read_artifact(folder: str, windows: list[list[int]], options: dict[str, Any]
         answers = engine.generate(prompts, asked, use_tqdm=False) if prompts else []
         losses = []
         for window, answer in zip(windows, answers, strict=True):
-            told = zip(window[1:], answer.prompt_logprobs[1:], strict=True)
+            told = zip(window[first:], answer.prompt_logprobs[first:], strict=True)
             found = [-logprobs[token].logprob for token, logprobs in told]
             losses.append([loss if math.isfinite(loss) else None for loss in found])
         kernels = engine.apply_model(count_kernels)[0]
@@ -63,7 +64,7 @@ def main(job_path: str, results_path: str) -> None:
     job, results = json.loads(Path(job_path).read_text()), []
     for folder in job["folders"]:
         try:
-            results.append(read_artifact(folder, job["windows"], job["options"]))
+            results.append(read_artifact(folder, job["windows"], job["first"], job["options"]))
         except Exception as error:  # whatever vLLM says of this artifact is the result
             results.append({"error": f"{type(error).__name__}: {error}"})
         Path(results_path).write_text(json.dumps(results))

@@ -142,7 +142,13 @@ def gather_windows(workspace: Workspace) -> list[list[int]]:
     if spec is None or not measured["measured"]:
         return []
     where = workspace.manifest.where("perplexity", "path")
-    return split_text(workspace.manifest.resolve(spec.path), workspace.base_folder(), measured["window"], where)
+    text = workspace.manifest.resolve(spec.path)
+    return split_text(text, workspace.base_folder(), measured["window"], where).windows
+
+
+def find_first(workspace: Workspace) -> int:
+    """The first token of a window that `perplexity` measured."""
+    return max(1, len(workspace.facts("perplexity").get("beginning", [])))
 
 
 # --- loaded, and read through -----------------------------------------------------------------------------------------
@@ -154,8 +160,9 @@ def check_reading(
     """Load the artifact with every weight accounted for, and compare perplexities."""
     tell("  loading it with every weight accounted for" + (", reading held-out text" if windows else ""))
     log = workspace.folder / RECEIPT / "reading.log"
-    [found] = read_artifacts(engine, [workspace.artifact], windows, log, choose_options(workspace, engine))
     measured = workspace.facts("perplexity")
+    options = choose_options(workspace, engine)
+    [found] = read_artifacts(engine, [workspace.artifact], windows, log, options, first=find_first(workspace))
     problems = judge_reading(found, measured if windows else None, workspace.artifact)
     if isinstance(found, Refusal):
         return {"error": found.error}, problems
@@ -309,11 +316,12 @@ def check_served_text(
         return None, []
     served, plain = [], []
     for window, known in zip(windows, losses, strict=False):
+        first = len(window) - len(known)
         tokens = list(window[: server.context - 1])
         reply = server.ask("/v1/completions", {"prompt": tokens, "max_tokens": 1, "echo": True, "logprobs": 0})
         with explain_reply(server):
-            told = reply["choices"][0]["prompt_logprobs"][1:]
-            values = [entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], told, strict=True)]
+            told = reply["choices"][0]["prompt_logprobs"][first:]
+            values = [entry[str(token)]["logprob"] for token, entry in zip(tokens[first:], told, strict=True)]
         served.append([math.nan if value is None else -float(value) for value in values])
         plain.append(list(known[: len(values)]))
     ours, theirs = average_losses(served), average_losses(plain)

@@ -81,11 +81,24 @@ def make_plan(workspace: Workspace, base: Path | None = None) -> Plan:
     where = manifest.where("base", "path" if manifest.release.base.path else "model")
     plan = plan_release(manifest, bind_scheme(manifest), recall_architecture(config, where), headers)
     check_template(manifest, config, plan)
+    check_arithmetic(manifest, plan)
     if serve := manifest.release.serve:
         facts = plan.architecture.facts
         check_context(serve, config, facts.get("max_position_embeddings"), manifest.where)
         check_heads(serve, facts.get("num_attention_heads"), manifest.where)
     return plan
+
+
+def check_arithmetic(manifest: Manifest, plan: Plan) -> None:
+    """Refuse a model that exact arithmetic cannot run, where something is to be measured in it."""
+    calibration = manifest.release.calibration
+    exact = calibration is None or calibration.arithmetic == "exact"
+    if exact and plan.architecture.inexact and (plan.measures or manifest.release.perplexity):
+        raise ManifestError(
+            f"{plan.architecture.name} runs {', '.join(plan.architecture.inexact)}, which have no exact form here",
+            manifest.where("calibration", "arithmetic") if calibration else manifest.where("perplexity"),
+            "set calibration.arithmetic: native" if calibration else "leave perplexity out",
+        )
 
 
 def check_template(manifest: Manifest, config: dict[str, Any], plan: Plan) -> None:

@@ -256,9 +256,9 @@ def hash_files(workspace: Workspace) -> dict[str, dict[str, Any]]:
 
 
 def describe_machine(workspace: Workspace) -> str:
-    from builder import streaming
+    from builder import machine_class
 
-    return streaming.describe_machine(choose_device(workspace.manifest))
+    return machine_class.describe_machine(choose_device(workspace.manifest))
 
 
 def compare_rows(measured: Mapping[str, Any], locked: Mapping[str, Any], path: Path) -> None:

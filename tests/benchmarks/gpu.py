@@ -23,8 +23,9 @@ from bases import LARGE, ROOT, generate_base
 
 from builder import gpu, kernels
 from builder.base import Checkpoint, open_checkpoint
+from builder.machine_class import describe_machine
 from builder.schemes.nvfp4 import Nvfp4
-from builder.streaming import LayerStream, describe_machine
+from builder.streaming import LayerStream
 from builder.worker import measure_layer, quantize_group
 
 NUM_ROWS, NUM_TOKENS = 64, 512

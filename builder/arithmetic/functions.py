@@ -1,0 +1,188 @@
+"""Functions of float64 tensors from additions, multiplications, divisions and square roots, each a separate operation.
+
+IEEE 754 rounds these four in one way, and a library's exp or sin in as many as there are libraries. Errors are a few
+units in the last place of float64, so that a result rounded to float32 or less is nearly always the true one rounded.
+Each has the same bits as its twin in `builder.arithmetic.loops`, where there is one. Operands are not modified.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from builder.arithmetic.loops import EXP_TERMS, HALF_PI, LARGEST_EXP, LN2, LOG2E, ROUNDER, SMALLEST_EXP, look_up
+from builder.errors import ArithmeticRefusal
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+SQRT2 = math.sqrt(2.0)
+SINE_TERMS = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(11))
+COSINE_TERMS = tuple((-1) ** k / math.factorial(2 * k) for k in range(11))
+LARGEST_ANGLE = 2.0**20  # up to it, a multiple of HALF_PI[0], which has 33 bits, is exact
+LOG_TERMS = tuple(2.0 / (2 * k + 1) for k in range(13))
+ERF_TERMS = 140  # enough where |x| < 6; beyond, erf is 1 in float64
+
+
+def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """2^n as float64 for int64 n from -1022 to 1023, from its bits: libraries' `ldexp` and `pow` round."""
+    return ((exponents + 1023) << 52).view(torch.float64)
+
+
+def exponent_of(magnitudes: torch.Tensor) -> torch.Tensor:
+    """The smallest int64 n with m < 2^n, for float64 magnitudes that are normal; 0 for 0."""
+    exponents = (magnitudes.view(torch.int64) >> 52) - 1022
+    return exponents.where(magnitudes != 0, 0)
+
+
+def evaluate(terms: tuple[float, ...], x: torch.Tensor) -> torch.Tensor:
+    """A polynomial by Horner's rule, coefficients of the lowest power first."""
+    value = torch.full_like(x, terms[-1])
+    for term in reversed(terms[:-1]):
+        value = value * x + term
+    return value
+
+
+def exp(x: torch.Tensor) -> torch.Tensor:
+    """e^x: x = n ln 2 + r, and the Taylor polynomial of r. 0 below -708 and infinite above 709."""
+    shifted = x * LOG2E + ROUNDER  # the rounder leaves n, to the nearest and even, in the lowest bits
+    n = shifted - ROUNDER
+    r = (x - n * LN2[0]) - n * LN2[1]
+    scaled = evaluate(EXP_TERMS, r) * ((shifted.view(torch.int64) + 1023) << 52).view(torch.float64)
+    scaled = scaled.where(~(x < SMALLEST_EXP), 0.0)
+    return scaled.where(~(x > LARGEST_EXP), math.inf)
+
+
+def sine_and_cosine(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sin x and cos x, by reduction to a quarter of a turn in three steps (Cody and Waite).
+
+    Raises ArithmeticRefusal for an angle beyond 2^20, where the reduction loses digits.
+    """
+    if not x.is_meta and x.numel() and not bool((x.abs() <= LARGEST_ANGLE).all()):
+        raise ArithmeticRefusal(f"an angle beyond {LARGEST_ANGLE:.0f}, or none at all, in sin or cos")
+    n = torch.round(x * (2 / math.pi))
+    r = ((x - n * HALF_PI[0]) - n * HALF_PI[1]) - n * HALF_PI[2]
+    square = r * r
+    sine, cosine = evaluate(SINE_TERMS, square) * r, evaluate(COSINE_TERMS, square)
+    quarter = n.to(torch.int64) & 3
+    swapped = (quarter & 1).bool()
+    low, high = cosine.where(swapped, sine), sine.where(swapped, cosine)
+    return (-low).where(quarter >= 2, low), (-high).where((quarter == 1) | (quarter == 2), high)
+
+
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return sine_and_cosine(x)[0]
+
+
+def cosine(x: torch.Tensor) -> torch.Tensor:
+    return sine_and_cosine(x)[1]
+
+
+def log(x: torch.Tensor) -> torch.Tensor:
+    """ln x = n ln 2 + 2 artanh((m - 1) / (m + 1)), m from sqrt(1/2) to sqrt(2); -inf for 0, NaN below."""
+    normal = x.where(x >= 2.0**-1022, x * 2.0**64)
+    n = exponent_of(normal)
+    m = normal * power_of_two(-n)
+    small = m < SQRT2 / 2
+    m, n = (m * 2).where(small, m), n - small.to(torch.int64)
+    n = n - 64 * (x < 2.0**-1022).to(torch.int64)
+    s = (m - 1) / (m + 1)
+    tail = evaluate(LOG_TERMS, s * s) * s
+    count = n.to(torch.float64)
+    value = count * LN2[0] + (count * LN2[1] + tail)
+    value = value.where(x != 0, -math.inf).where(x != math.inf, math.inf)
+    return value.where(x >= 0, math.nan)
+
+
+def log1p(x: torch.Tensor) -> torch.Tensor:
+    """ln(1 + x), with the digits that 1 + x rounds off put back (Kahan)."""
+    one_more = 1 + x
+    rest = one_more - 1
+    return (log(one_more) * (x / rest)).where(rest != 0, x).where(x != math.inf, math.inf)
+
+
+def expm1(x: torch.Tensor) -> torch.Tensor:
+    """e^x - 1, likewise."""
+    y = exp(x)
+    better = (y - 1) * (x / log(y))
+    return better.where((y != 1) & (x.abs() < 0.5), y - 1).where(y != 1, x)
+
+
+def reciprocal_root(x: torch.Tensor) -> torch.Tensor:
+    return 1 / x.sqrt()
+
+
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """1 / (1 + e^-x), from an exponential that cannot overflow."""
+    small = exp(-x.abs())
+    return (1 / (1 + small)).where(x >= 0, small / (1 + small))
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x * sigmoid(x)
+
+
+def tanh(x: torch.Tensor) -> torch.Tensor:
+    """(1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x."""
+    small = expm1(-2 * x.abs())
+    value = -small / (2 + small)
+    return (-value).where(x < 0, value)
+
+
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """ln(1 + e^x); x itself above 20, as torch has it."""
+    return log1p(exp(x.clamp(max=20.0))).where(x <= 20.0, x)
+
+
+def erf(x: torch.Tensor) -> torch.Tensor:
+    """2 / sqrt(pi) e^(-x^2) sum of 2^k x^(2k+1) / (1 * 3 * ... (2k+1)) (Abramowitz and Stegun, 7.1.6)."""
+    magnitude = x.abs().clamp(max=6.0)
+    square = magnitude * magnitude
+    term = magnitude.clone()
+    total = term
+    for k in range(1, ERF_TERMS):
+        term = term * (2 * square) / (2 * k + 1)
+        total = total + term
+    value = (2 / math.sqrt(math.pi)) * exp(-square) * total
+    value = value.clamp(max=1.0)
+    return (-value).where(x < 0, value)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """x (1 + erf(x / sqrt 2)) / 2"""
+    return x * (0.5 * (1 + erf(x / SQRT2)))
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2"""
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
+    return x * (0.5 * (1 + tanh(inner)))
+
+
+def power(base: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """base^exponent = e^(exponent ln base) for bases that are not negative; 1 where the exponent is 0."""
+    return exp(exponent * log(base)).where(exponent != 0, 1.0)
+
+
+TABLES: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+
+def apply(name: str, function: Function, x: torch.Tensor) -> torch.Tensor:
+    """A function of a floating-point tensor, in its dtype: through float64 and float32, each rounded to nearest.
+
+    Of 16-bit numbers there are 65,536, so a table has them all.
+    """
+    if x.is_meta or x.dtype not in (torch.bfloat16, torch.float16):
+        return through_float64(function, x)
+    key = (name, x.dtype)
+    if key not in TABLES:
+        every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(x.dtype)
+        TABLES[key] = through_float64(function, every)
+    return look_up(TABLES[key], x)
+
+
+def through_float64(function: Function, x: torch.Tensor) -> torch.Tensor:
+    """Exact into float64, then rounded to float32, then to the dtype of x."""
+    value = function(x.double())
+    return value if x.dtype == torch.float64 else value.float().to(x.dtype)
