@@ -58,6 +58,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/benchmarks/packing.py
+	$(BIN)/python tests/benchmarks/arithmetic.py $(SIZE)
 	$(BIN)/python tests/benchmarks/build.py $(SIZE) $(BENCH)
 
 schemes: setup

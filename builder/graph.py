@@ -46,6 +46,7 @@ from builder.stages import STAGES, Stage, Workspace, hold, is_current, run_stage
 from builder.stages.benchmark import benchmark
 from builder.stages.check_serving import check_serving, clean_check
 from builder.stages.preview import preview
+from builder.stages.relock import relock
 from builder.stages.reproduce import FOLDER, clean_reproduction, compare_with_place, reproduce
 from builder.stages.sign import check_signature, clean_signature, sign
 from builder.stages.stage import BUILDER, clean_stage
@@ -62,6 +63,7 @@ ENDINGS = {
 }
 ON_REQUEST = {
     "reproduce": "build again from the lock alone, and compare every file",
+    "relock": "build without regard to the lock, and write it again from that: a publisher's decision",
     "compare": "compare the lock with what was published: --with=FOLDER or --with=OWNER/NAME@COMMIT",
     "pin": "write what is open: commits of the Hub into the manifest; the versions of the lock, for pip",
     "sign": "sign a finished release: --key=PRIVATE, or SIGNING_KEY in the environment",
@@ -76,7 +78,7 @@ RECALIBRATE = {
     "long": "recalibrate",
     "type": bool,
     "default": False,
-    "help": "calibrate anew (tier 2 or 3) instead of taking the recorded magnitudes (tier 1)",
+    "help": "calibrate again, instead of taking the recorded magnitudes",
 }
 WITH = {
     "name": "place",
@@ -406,6 +408,7 @@ def make_requests(names: Sequence[str], manifests: Mapping[str, Manifest | Build
         path = RELEASES / f"{name}{ENDING}"
         for verb, act, params in (
             ("reproduce", make_reproduction(path), [RECALIBRATE, WITH, BASE]),
+            ("relock", make_relock(name), []),
             ("compare", make_comparison(path), [WITH]),
             ("sign", make_signing(path), [KEY]),
             ("check-signature", make_check_of_signature(path), [PUBLIC_KEY, WITH]),
@@ -501,6 +504,21 @@ def make_reproduction(path: Path) -> Callable[..., TaskFailed | None]:
         print(f"  payload sha256 {result['payload_sha256']}, in {result['seconds']} s")
         print(f"  `doit card:{name}` puts it on the card")
         return make_comparison(path)(place) if published else None
+
+    return act
+
+
+def make_relock(name: str) -> Callable[[], TaskFailed | None]:
+    def act() -> TaskFailed | None:
+        try:
+            relock(RELEASES / f"{name}.yaml", BUILD, tell=functools.partial(print, flush=True))
+        except BuildError as error:
+            keep_traceback(error, BUILD / name / "traceback.txt")
+            return fail(error)
+        except OSError as error:
+            return fail(explain_system(error, f"relock:{name}"))
+        print(f"  `git diff {RELEASES / f'{name}{ENDING}'}` shows what became another in it")
+        return None
 
     return act
 

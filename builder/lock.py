@@ -11,15 +11,14 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from builder.errors import BuildError, VerifyError
+from builder.errors import BuildError
 from builder.files import digest, read_json
 from builder.manifest import Key, Manifest, Node, Release, show_path
 
-FORMAT = "1.1"  # 1.1: it says by a digest that it is whole; the builder's number; numba, the builder's version
+FORMAT = "1.2"  # 1.1: it says by a digest that it is whole; the builder's number; numba, the builder's version
+# 1.2: calibration.arithmetic; without it, it was native. Exact arithmetic names no machine classes
 ENDING = ".lock.json"
-LOCAL = {"base": ("path", "config"), "calibration": ("path",)}  # where local files lie; their digests are inputs
-RESTORE = "restore it from version control, or delete it to lock anew"
-RECALIBRATED = 0.05  # the most by which an input's amax may differ elsewhere; 0.016 is the most that was measured
+RESTORE = "restore it from version control"
 PAYLOAD_KEYS = ("manifest", "base", "scheme", "kv_cache", "calibration", "fixes", "files", "compatibility")
 PACKAGES = (
     "compressed-tensors",
@@ -169,26 +168,31 @@ def read_lock(path: Path) -> dict[str, Any] | None:
         return None
     lock = read_json(path)
     if not isinstance(lock, dict) or "lock" not in lock:
-        raise BuildError(f"{path.name} is not a lock", str(path), RESTORE)
+        raise BuildError(f"{path.name} is not a lock", str(path), restore(path))
     if str(lock["lock"]).split(".")[0] != FORMAT.split(".")[0]:
         raise BuildError(
             f"{path.name} has format {lock['lock']}, but this builder knows {FORMAT}",
             str(path),
-            "use the builder it was made with, or delete it to lock anew",
+            f"use the builder it was made with, or write it again from a build: doit relock:{name_release(path)}",
         )
     missing = sorted(name for name, info in Lock.model_fields.items() if info.is_required() and name not in lock)
     if missing:
-        raise BuildError(f"{path.name} lacks {', '.join(missing)}", str(path), RESTORE)
+        raise BuildError(f"{path.name} lacks {', '.join(missing)}", str(path), restore(path))
     try:
         Lock.model_validate(lock, extra="allow" if is_newer(lock) else "forbid")
     except ValidationError as error:
         raise explain(error, path) from None
     if lock["payload_sha256"] != digest_payload(lock["payload"]):
-        raise BuildError(f"{path.name} was edited: its payload_sha256 is not its payload's", str(path), RESTORE)
+        raise BuildError(f"{path.name} was edited: its payload_sha256 is not its payload's", str(path), restore(path))
     sealed = {key: value for key, value in lock.items() if key != "lock_sha256"}
     if lock.get("lock_sha256", digest(sealed)) != digest(sealed) or ("lock_sha256" not in lock and not is_older(lock)):
-        raise BuildError(f"{path.name} was edited: its lock_sha256 is not its content's", str(path), RESTORE)
+        raise BuildError(f"{path.name} was edited: its lock_sha256 is not its content's", str(path), restore(path))
     return lock
+
+
+def restore(path: Path) -> str:
+    """What to do about a lock that is damaged."""
+    return f"{RESTORE}, or write it again from a build: doit relock:{name_release(path)}"
 
 
 def require_lock(path: Path) -> dict[str, Any]:
@@ -255,7 +259,7 @@ def explain(error: ValidationError, path: Path, *, inside: Sequence[Key] = ()) -
     value = finding["input"]
     what = {"missing": f"{place} is missing", "extra_forbidden": f"{place} is unknown"}.get(finding["type"])
     shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
-    return BuildError(what or f"{place} cannot be {shown}", point_at(path, *keys), RESTORE)
+    return BuildError(what or f"{place} cannot be {shown}", point_at(path, *keys), restore(path))
 
 
 # --- the release again, from the lock alone ---------------------------------------------------------------------------
@@ -277,6 +281,12 @@ class LockedManifest(Manifest):
         return self.places.get(relative) or super().resolve(relative)
 
 
+def fill_what(what: Mapping[str, Any]) -> dict[str, Any]:
+    """A lock's `what` with the arithmetic that locks before format 1.2 do not name: it was native."""
+    calibration = what.get("calibration")
+    return {**what, "calibration": {"arithmetic": "native", **calibration}} if calibration else dict(what)
+
+
 def restore_manifest(
     lock: Mapping[str, Any], path: Path, *, how: Mapping[str, Any], base: Path | None = None
 ) -> LockedManifest:
@@ -288,7 +298,7 @@ def restore_manifest(
     Raises BuildError naming the key that is not a release's.
     """
     path, name = path.absolute(), name_release(path)
-    what = {**lock["what"], "base": dict(lock["what"].get("base") or {})}
+    what = {**fill_what(lock["what"]), "base": dict(lock["what"].get("base") or {})}
     spec = what["base"]
     file = path.with_name(f"{name}.yaml")
     places = {}
@@ -378,88 +388,3 @@ def write_constraints(lock: Mapping[str, Any], name: str, path: str) -> str:
         if tool not in ("python", "release-builder"):
             lines.append(f"{tool}=={public}" + (f"  # the build for {build}" if build else ""))
     return "\n".join(lines) + "\n"
-
-
-# --- a rebuild --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How a build relates to the lock there was.
-
-    verdict: first | equal | replaced | recalibrated. The lock is written for the first and the third.
-    """
-
-    verdict: str
-    text: str
-
-    @property
-    def writes(self) -> bool:
-        return self.verdict in ("first", "replaced")
-
-
-def compare_lock(old: Mapping[str, Any] | None, new: Mapping[str, Any], path: Path) -> Comparison:
-    """Compare a build with the lock of an earlier one.
-
-    Raises VerifyError if the same release from the same inputs has another payload, unless it was calibrated on
-    another class of machine, where inputs measure a little differently, and only weight files differ.
-    """
-    if old is None:
-        return Comparison("first", "the first build of this release")
-    changed = [
-        f"{part}.{key}"
-        for part in ("what", "inputs")
-        for key in sorted(old[part].keys() | new[part].keys())
-        if without_places(key, old[part].get(key)) != without_places(key, new[part].get(key))
-    ]
-    if changed:
-        return Comparison("replaced", f"written anew, for {', '.join(changed)} changed since the last one")
-    files = sorted(old["payload"].keys() | new["payload"].keys())
-    different = [name for name in files if old["payload"].get(name) != new["payload"].get(name)]
-    same = "every file of the payload is the same, bit for bit"
-    if not different and is_older(old):
-        return Comparison("replaced", f"{same}; written anew, in format {FORMAT}")
-    if not different:
-        return Comparison("equal", same)
-    largest = compare_amax(old["amax"], new["amax"])
-    elsewhere = old["machine_classes"] != new["machine_classes"]
-    if elsewhere and 0 < largest <= RECALIBRATED and all(name.endswith(".safetensors") for name in different):
-        classes = " and ".join(", ".join(lock["machine_classes"]) for lock in (old, new))
-        return Comparison(
-            "recalibrated", f"calibrated on {classes}: input scales differ by {100 * largest:.2f} % at most"
-        )
-    versions = [
-        f"{name} {old['versions'].get(name)} -> {found}"
-        for name, found in new["versions"].items()
-        if old["versions"].get(name) != found
-    ]
-    why = f"versions differ: {', '.join(versions)}" if versions else "inputs and versions are the same"
-    raise VerifyError(
-        f"{different[0]} is not what the lock says ({len(different)} of {len(files)} files differ; {why})",
-        str(path),
-        "restore the pinned versions (make setup), or delete the lock to release this build as a new one",
-    )
-
-
-def without_places(section: str, value: Any) -> Any:
-    """A section of a lock without the places of local files, which their digests identify wherever they lie."""
-    if section not in LOCAL or not isinstance(value, dict):
-        return value
-    return {key: content for key, content in value.items() if key not in LOCAL[section]}
-
-
-def compare_amax(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]) -> float:
-    """The largest relative difference between what two amax tables have of activations.
-
-    Infinite if they measure different things, or if a weight differs, which measures the same anywhere.
-    """
-    largest = 0.0
-    if old.keys() != new.keys() or any(old[linear].keys() != new[linear].keys() for linear in old):
-        return float("inf")
-    for linear, kinds in old.items():
-        for kind, text in kinds.items():
-            first, second = float.fromhex(text), float.fromhex(new[linear][kind])
-            if first != second:
-                comparable = kind != "weight" and first > 0 and second > 0
-                largest = max(largest, abs(first - second) / first if comparable else float("inf"))
-    return largest

@@ -21,9 +21,9 @@ from test_families import make_config
 from test_rounded import digest_tensors
 
 from builder.errors import BuildError, CalibrationError
-from builder.lock import RECALIBRATED
 from builder.manifest import load_manifest
 from builder.parts import view_bytes
+from builder.recorded import RECALIBRATED
 from builder.schemes import bind_scheme
 from builder.schemes.cache import describe_cache, make_scales, observe_cache, plan_scales
 

@@ -19,9 +19,6 @@ from builder.errors import BuildError, VerifyError
 from builder.files import digest, write_json
 from builder.lock import (
     FORMAT,
-    Comparison,
-    compare_amax,
-    compare_lock,
     compare_versions,
     describe_what,
     digest_payload,
@@ -33,14 +30,17 @@ from builder.lock import (
     write_constraints,
 )
 from builder.manifest import load_manifest
+from builder.rebuild import Comparison, compare_lock, list_changed, renew_lock, upgrade_lock
 from builder.stages import Workspace, lock
 
 pytestmark = pytest.mark.xdist_group("modelopt")
 
 UNIT = {"scheme.input_scale": "unit", "calibration": None, "perplexity": None}
 HERE, THERE = "x86_64, AVX512", "x86_64, AVX2"
-FIX = "restore the pinned versions (make setup), or delete the lock to release this build as a new one"
-RESTORE = "restore it from version control, or delete it to lock anew"
+SCRATCH = "build from scratch: doit clean release:tiny"
+INSTALL = "install the locked versions: `doit pin:tiny` says how"
+RENEW = "if the change is meant, doit relock:tiny releases this build as a new one"
+RESTORE = "restore it from version control, or write it again from a build: doit relock:tiny"
 
 
 def lock_release(manifest: Path, folder: Path) -> Any:
@@ -161,7 +161,7 @@ def test_another_scheme_replaces_the_lock(write_release: Callable[..., Path], tm
     write_release(**UNIT, **{"scheme.layout": "modelopt"})
     outcome = lock_release(manifest, tmp_path / "build")
     assert outcome.circumstances["verdict"] == "replaced"
-    assert outcome.lines == ("lock: written anew, for what.fixes, what.scheme changed since the last one",)
+    assert outcome.lines == ("lock: rewritten, for what.fixes, what.scheme changed since the last build",)
     after = read_lock(path)
     assert before and after and before["payload_sha256"] != after["payload_sha256"]
     assert after["what"]["scheme"][0]["layout"] == "modelopt"
@@ -174,7 +174,7 @@ def test_another_licence_text_is_another_input(write_release: Callable[..., Path
     lock_release(manifest, tmp_path / "build")
     (manifest.parent / "psf.txt").write_text("another")
     outcome = lock_release(manifest, tmp_path / "build")
-    assert outcome.lines == ("lock: written anew, for inputs.license_files changed since the last one",)
+    assert outcome.lines == ("lock: rewritten, for inputs.license_files changed since the last build",)
 
 
 def test_a_payload_that_is_not_the_locked_one_stops_the_build(
@@ -194,7 +194,7 @@ def test_a_payload_that_is_not_the_locked_one_stops_the_build(
     assert str(caught.value) == (
         f"NOTICE is not what the lock says (2 of {num_files} files differ; inputs and versions are the same)\n"
         f"  in {path}\n"
-        f"  fix: {FIX}"
+        f"  fix: {SCRATCH}; {RENEW}"
     )
     assert path.read_bytes() == before
 
@@ -246,8 +246,8 @@ PATH = Path("releases/tiny.lock.json")
 
 def test_the_first_and_another_release_are_written_and_no_others(locked: dict[str, Any]) -> None:
     assert compare_lock(None, locked, PATH) == Comparison("first", "the first build of this release")
-    written = {verdict: Comparison(verdict, "").writes for verdict in ("first", "equal", "replaced", "recalibrated")}
-    assert written == {"first": True, "equal": False, "replaced": True, "recalibrated": False}
+    written = {name for name in ("first", "equal", "replaced", "upgraded", "renewed") if Comparison(name, "").writes}
+    assert written == {"first", "replaced", "upgraded", "renewed"}
 
 
 def test_equal_is_the_payload_whatever_it_was_made_with(locked: dict[str, Any]) -> None:
@@ -259,42 +259,29 @@ def test_a_manifest_that_changed_is_written_even_if_the_payload_stays(locked: di
     """Else the lock would speak of a manifest that is no more, and a payload that changes later would go unnoticed."""
     new = change(locked, what={"scheme": [{"name": "nvfp4"}], "files": {"packing": "balanced"}})
     comparison = compare_lock(locked, new, PATH)
-    assert comparison == Comparison("replaced", "written anew, for what.files changed since the last one")
+    assert comparison == Comparison("replaced", "rewritten, for what.files.packing changed since the last build")
 
 
 def test_every_changed_input_is_named(locked: dict[str, Any]) -> None:
     new = change(locked, "a.safetensors", inputs={"base": {}, "calibration_sha256": "x"})
     assert compare_lock(locked, new, PATH).text == (
-        "written anew, for inputs.base, inputs.calibration_sha256, inputs.num_rows changed since the last one"
-    )
-
-
-def test_another_class_of_machine_may_measure_inputs_a_little_differently(locked: dict[str, Any]) -> None:
-    new = change(locked, "a.safetensors", machine_classes=[THERE], amax=measure(0.5, 4.03125))
-    assert compare_lock(locked, new, PATH) == Comparison(
-        "recalibrated", f"calibrated on {HERE} and {THERE}: input scales differ by 0.78 % at most"
+        "rewritten, for inputs.base, inputs.calibration_sha256, inputs.num_rows changed since the last build"
     )
 
 
 @pytest.mark.parametrize(
-    ("files", "changes"),
-    [
-        (("a.safetensors",), {"amax": measure(0.5, 4.03125)}),
-        (("a.safetensors",), {"machine_classes": [THERE]}),
-        (("a.safetensors",), {"machine_classes": [THERE], "amax": measure(0.5, 4.5)}),
-        (("a.safetensors",), {"machine_classes": [THERE], "amax": measure(0.51, 4.03125)}),
-        (("a.safetensors",), {"machine_classes": [THERE], "amax": {}}),
-        (("a.safetensors", "config.json"), {"machine_classes": [THERE], "amax": measure(0.5, 4.03125)}),
-    ],
-    ids=["same class", "same amax", "far off", "weights differ", "nothing measured", "another config"],
+    "changes",
+    [{}, {"machine_classes": [THERE]}, {"machine_classes": [THERE], "amax": measure(0.5, 4.03125)}],
+    ids=["nothing else", "another machine", "other magnitudes there"],
 )
-def test_nothing_else_may_differ(locked: dict[str, Any], files: tuple[str, ...], changes: dict[str, Any]) -> None:
+def test_the_payload_of_the_same_release_and_inputs_may_not_differ(
+    locked: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """Other magnitudes are no excuse: where the release and its inputs are the lock's, so are the magnitudes."""
     with pytest.raises(VerifyError) as caught:
-        compare_lock(locked, change(locked, *files, **changes), PATH)
-    assert caught.value.what == (
-        f"{sorted(files)[0]} is not what the lock says ({len(files)} of 2 files differ; "
-        "inputs and versions are the same)"
-    )
+        compare_lock(locked, change(locked, "a.safetensors", **changes), PATH)
+    what = "a.safetensors is not what the lock says (1 of 2 files differ; inputs and versions are the same)"
+    assert str(caught.value) == f"{what}\n  in {PATH}\n  fix: {SCRATCH}; {RENEW}"
 
 
 def test_versions_that_differ_are_named_where_the_payload_does(locked: dict[str, Any]) -> None:
@@ -305,7 +292,7 @@ def test_versions_that_differ_are_named_where_the_payload_does(locked: dict[str,
         "config.json is not what the lock says "
         "(1 of 2 files differ; versions differ: torch 2.13.0 -> 2.14.0, numpy None -> 2.4)\n"
         f"  in {PATH}\n"
-        f"  fix: {FIX}"
+        f"  fix: {INSTALL}; {RENEW}"
     )
 
 
@@ -315,28 +302,51 @@ def test_a_file_too_many_is_a_difference(locked: dict[str, Any]) -> None:
     assert caught.value.what.startswith("NOTICE is not what the lock says (1 of 3 files differ; ")
 
 
-@pytest.mark.parametrize(
-    ("new", "largest"),
-    [
-        (measure(0.5, 4.0), 0.0),
-        (measure(0.5, 3.0), 0.25),
-        (measure(0.5, 5.0), 0.25),
-        (measure(0.25, 4.0), float("inf")),
-        (measure(0.5, float("nan")), float("inf")),
-        (measure(0.5, 0.0), float("inf")),
-        ({}, float("inf")),
-        ({"q_proj": {"weight": (0.5).hex()}}, float("inf")),
-        (measure(0.5, 4.0) | {"k_proj": {}}, float("inf")),
-    ],
-)
-def test_amax_tables_differ_by_their_worst_input(new: dict[str, dict[str, str]], largest: float) -> None:
-    assert compare_amax(measure(0.5, 4.0), new) == largest
-    assert (compare_amax(new, measure(0.5, 4.0)) == 0.0) == (largest == 0.0)
+def test_another_builder_is_named_as_versions_are(locked: dict[str, Any]) -> None:
+    with pytest.raises(VerifyError) as caught:
+        compare_lock(locked, change(locked, "config.json", builder="2"), PATH)
+    assert "; versions differ: the builder's number 1 -> 2)" in str(caught.value)
 
 
-def test_keys_and_values_may_differ_as_inputs_may() -> None:
-    one, other = ({"self_attn": {"key": key.hex(), "value": (3.0).hex()}} for key in (2.0, 2.25))
-    assert compare_amax(one, other) == 0.125
+def test_a_lock_that_is_written_again_says_what_became_another(locked: dict[str, Any]) -> None:
+    assert renew_lock(None, locked) == Comparison("renewed", "rewritten; the one before could not be read")
+    assert renew_lock(locked, locked) == Comparison("renewed", "rewritten, and says what it said")
+    new = change(locked, "a.safetensors", versions={"torch": "2.14.0", "python": "3.11.7"}, amax=measure(0.5, 4.5))
+    assert renew_lock(locked, new).text == (
+        "rewritten, with other values of torch 2.13.0 -> 2.14.0, the magnitudes of 1 of 1 modules, "
+        "1 of 2 files of the payload"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+
+
+def test_a_lock_from_before_there_was_exact_arithmetic_is_of_native(locked: dict[str, Any]) -> None:
+    locked["what"]["calibration"] = {"path": "rows", "samples": 3}
+    exact, native = (
+        {**locked["what"], "calibration": {"path": "elsewhere", "samples": 3, "arithmetic": arithmetic}}
+        for arithmetic in ("exact", "native")
+    )
+    assert list_changed(locked, native, locked["inputs"]) == []
+    assert list_changed(locked, exact, locked["inputs"]) == ["what.calibration.arithmetic"]
+    assert list_changed(locked | {"what": {"calibration": None}}, {"calibration": None}, locked["inputs"]) == []
+
+
+def test_a_lock_in_a_later_format_keeps_the_versions_that_its_magnitudes_were_measured_with(
+    tmp_path: Path, locked: dict[str, Any]
+) -> None:
+    old = change(locked, lock="1.1", versions={"torch": "2.12.0"}, builder="0")
+    upgraded = upgrade_lock(old, locked)
+    assert upgraded == seal(locked | {"versions": {"torch": "2.12.0"}, "builder": "0"})
+    write_json(tmp_path / "lock.json", upgraded)
+    assert read_lock(tmp_path / "lock.json") == upgraded
+
+
+def test_a_release_restored_from_such_a_lock_is_of_native_arithmetic(calibrated: tuple[Path, Path]) -> None:
+    path, old = calibrated[0] / "releases" / "tiny.lock.json", read_whole(calibrated[0])
+    assert old["what"]["calibration"].pop("arithmetic") == "exact"
+    restored = restore_manifest(old, path, how={}).release.calibration
+    assert restored and restored.arithmetic == "native"
 
 
 # ------------------------------------------------------------------------------------------- what is not a lock
@@ -359,7 +369,7 @@ def test_a_lock_of_a_later_format_is_refused(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"tiny.lock.json has format 2.1, but this builder knows {FORMAT}\n"
         f"  in {path}\n"
-        "  fix: use the builder it was made with, or delete it to lock anew"
+        "  fix: use the builder it was made with, or write it again from a build: doit relock:tiny"
     )
 
 
@@ -380,7 +390,7 @@ def test_a_lock_of_an_earlier_minor_format_is_read_and_written_anew(tmp_path: Pa
     write_json(path, old)
     assert read_lock(path) == old
     assert compare_lock(old, locked, path) == Comparison(
-        "replaced", f"every file of the payload is the same, bit for bit; written anew, in format {FORMAT}"
+        "upgraded", f"every file of the payload is the same, bit for bit; rewritten in format {FORMAT}"
     )
 
 

@@ -240,7 +240,7 @@ def test_what_was_touched_since_is_not_signed(copy: Path) -> None:
 
 
 def test_what_its_lock_does_not_say_is_not_signed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is where a release was calibrated on another class of machine than the lock's."""
+    """As it is for a moment when the lock is restored while it is signed."""
     receipt = json.loads((BUILD / "tiny" / "receipts" / "lock.json").read_text("utf-8"))
     other = json.loads(LOCK.read_text("utf-8"))
     other["payload"]["NOTICE"]["sha256"] = "0" * 64
@@ -250,7 +250,7 @@ def test_what_its_lock_does_not_say_is_not_signed(copy: Path, monkeypatch: pytes
     assert fail_to_sign() == (
         "the build of tiny is not the locked one, so it is not signed\n"
         "  in build/tiny\n"
-        "  fix: sign where it was locked, or delete the lock and run doit lock:tiny to release this build"
+        "  fix: build it again (doit release:tiny), or release this build as a new one: doit relock:tiny"
     )
 
 

@@ -13,10 +13,11 @@ import torch
 import transformers
 from conftest import TINY_LLAMA
 
+from builder.arithmetic.exact import arithmetic
 from builder.base import open_checkpoint
 from builder.errors import BaseError
 from builder.families import build_model
-from builder.streaming import LayerStream, Row, compute_buffers
+from builder.streaming import Arithmetic, LayerStream, Row, compute_buffers
 
 SMALL = {
     "hidden_size": 32,
@@ -55,6 +56,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "starcoder2": ("starcoder2", WINDOW),
 }
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4}
+MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4": ("glm4", {}),
+    "olmo": ("olmo", {}),
+    "phi": ("phi", {}),
+    "gemma": ("gemma", {}),
+    "stablelm": ("stablelm", {}),
+    "nemotron": ("nemotron", {}),
+    "minicpm3": ("minicpm3", {**LATENT, "v_head_dim": 16}),
+}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**LATENT, "v_head_dim": 8, "n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
+    ),
+}
 ROWS = [[1, *((7 * step + 3 * length) % 60 + 3 for step in range(length))] for length in (0, 4, 28, 79)]
 
 
@@ -74,8 +93,22 @@ def load_whole(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
-def open_stream(folder: Path) -> LayerStream:
-    return LayerStream(open_checkpoint(folder, "base"))
+def load_whole_exactly(folder: Path) -> Any:
+    """As `from_pretrained` loads it, but rotary frequencies and the like are exact too; attention is the plain one."""
+    checkpoint = open_checkpoint(folder, "base")
+    with arithmetic():
+        model = build_model(checkpoint.config, str(folder), eager=True)
+        compute_buffers(model, torch.device("cpu"))
+        weights = {name: checkpoint.load(name) for name in checkpoint.tensors}
+        model.load_state_dict(weights, strict=False, assign=True)
+        model.tie_weights()
+    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
+    model.set_attn_implementation("eager")
+    return model
+
+
+def open_stream(folder: Path, arithmetic: Arithmetic = "exact") -> LayerStream:
+    return LayerStream(open_checkpoint(folder, "base"), arithmetic=arithmetic)
 
 
 def run_layers(stream: LayerStream, rows: Sequence[Sequence[int]]) -> list[Row]:
@@ -88,10 +121,10 @@ def run_layers(stream: LayerStream, rows: Sequence[Sequence[int]]) -> list[Row]:
     return embedded
 
 
-def assert_equal_logits(folder: Path, rows: Sequence[Sequence[int]]) -> None:
-    stream, whole = open_stream(folder), load_whole(folder)
+def assert_equal_logits(folder: Path, rows: Sequence[Sequence[int]], kind: Arithmetic) -> None:
+    stream, whole = open_stream(folder, kind), (load_whole if kind == "native" else load_whole_exactly)(folder)
     for tokens, row in zip(rows, run_layers(stream, rows), strict=True):
-        with torch.inference_mode():
+        with torch.inference_mode() if kind == "native" else arithmetic():
             wanted = whole(torch.tensor([tokens]), use_cache=False).logits[0]
         assert wanted.isfinite().all() and wanted.std() > 0.01
         assert torch.equal(stream.read_logits(row), wanted), len(tokens)
@@ -106,12 +139,50 @@ def single_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
-    assert_equal_logits(save_small(tmp_path, *FAMILIES[name]), ROWS)
+def test_native_logits_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
+    assert_equal_logits(save_small(tmp_path, *FAMILIES[name]), ROWS, "native")
 
 
-def test_logits_of_a_trained_model_are_those_of_the_whole_model() -> None:
-    assert_equal_logits(TINY_LLAMA / "base", [[1, *range(100, 400, 7)], [5], list(range(3, 515))])
+@pytest.mark.parametrize("name", FAMILIES | MORE_FAMILIES)
+def test_exact_logits_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
+    assert_equal_logits(save_small(tmp_path, *(FAMILIES | MORE_FAMILIES)[name]), ROWS, "exact")
+
+
+@pytest.mark.parametrize("name", FAMILIES | MORE_FAMILIES)
+def test_exact_logits_are_close_to_native_ones_in_float64(tmp_path: Path, name: str) -> None:
+    """Rounding to bfloat16 apart: what is compared with is the model in float64, which rounds next to nothing."""
+    folder = save_small(tmp_path, *(FAMILIES | MORE_FAMILIES)[name])
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    whole.set_attn_implementation("eager")
+    whole.save_pretrained(folder / "wide")
+    stream = open_stream(folder / "wide")
+    (row,) = run_layers(stream, ROWS[2:3])
+    with torch.inference_mode():
+        wanted = whole.double()(torch.tensor(ROWS[2:3]), use_cache=False).logits[0]
+    assert (stream.read_logits(row) - wanted).abs().max() < 2e-3 * wanted.std()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_exact_logits_of_a_mixture_of_experts_are_close_to_those_in_float64(tmp_path: Path, name: str) -> None:
+    """Its files hold each expert by itself and its layers all of them in one tensor, so that it cannot be streamed."""
+    config = transformers.CONFIG_MAPPING[MIXTURES[name][0]](**{**SMALL, **MIXTURES[name][1]})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model.set_experts_implementation("eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + 0.1)
+    with arithmetic() as mode:
+        found = model.eval()(torch.tensor(ROWS[2:3]), use_cache=False).logits
+        assert len(mode.prepared) >= 3 * 4, "linears, those of experts among them, are seen as such"
+    with torch.inference_mode():
+        wanted = model.double()(torch.tensor(ROWS[2:3]), use_cache=False).logits
+    assert (found - wanted).abs().max() < 2e-3 * wanted.std()
+
+
+@pytest.mark.parametrize("kind", ["exact", "native"])
+def test_logits_of_a_trained_model_are_those_of_the_whole_model(kind: Arithmetic) -> None:
+    assert_equal_logits(TINY_LLAMA / "base", [[1, *range(100, 400, 7)], [5], list(range(3, 515))], kind)
 
 
 def test_logits_of_a_head_applied_in_bands_are_those_of_the_whole_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from builder.arithmetic import functions
-from builder.arithmetic.operations import REPLACED, aten, is_alone, is_inexact, refuse, replaces
+from builder.arithmetic.operations import REPLACED, aten, checks, is_alone, is_inexact, refuse, replaces
+
+NO_INTEGERS = (torch.bool,)  # a number becomes true unless it is 0
 
 
 def combine(operation: Callable[..., Any], a: Any, b: Any) -> torch.Tensor:
@@ -20,12 +22,17 @@ def combine(operation: Callable[..., Any], a: Any, b: Any) -> torch.Tensor:
     dtype = torch.result_type(a, b)
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     device = next(value.device for value in (a, b) if isinstance(value, torch.Tensor) and (value.ndim or is_alone(b)))
-    a, b = (
-        (value.to(device) if isinstance(value, torch.Tensor) else torch.tensor(value, device=device)).to(wide)
-        for value in (a, b)
-    )
+    a, b = (as_tensor(value, device).to(wide) for value in (a, b))
     result: torch.Tensor = operation(a, b).to(dtype)
     return result
+
+
+def as_tensor(value: Any, device: torch.device) -> torch.Tensor:
+    """A tensor, or a number as one; by itself torch would round a number to float32."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    wide = {float: torch.float64, complex: torch.complex128}.get(type(value))
+    return torch.tensor(value, dtype=wide, device=device)
 
 
 def combine_if_needed(operation: Callable[..., Any], a: Any, b: Any) -> torch.Tensor:
@@ -36,14 +43,20 @@ def combine_if_needed(operation: Callable[..., Any], a: Any, b: Any) -> torch.Te
     return combine(operation, a, b)
 
 
+def scale(x: Any, alpha: float) -> Any:
+    if alpha == 1:
+        return x
+    return multiply(x, alpha) if isinstance(x, torch.Tensor) else x * alpha
+
+
 @replaces("add")
 def add(a: Any, b: Any, *, alpha: float = 1) -> torch.Tensor:
-    return combine_if_needed(aten.add, a, b if alpha == 1 else multiply(b, alpha))
+    return combine_if_needed(aten.add, a, scale(b, alpha))
 
 
 @replaces("sub", "subtract")
 def subtract(a: Any, b: Any, *, alpha: float = 1) -> torch.Tensor:
-    return combine_if_needed(aten.sub, a, b if alpha == 1 else multiply(b, alpha))
+    return combine_if_needed(aten.sub, a, scale(b, alpha))
 
 
 @replaces("rsub")
@@ -54,23 +67,27 @@ def subtract_from(a: Any, b: Any, alpha: float = 1) -> torch.Tensor:
 @replaces("mul", "multiply")
 def multiply(a: Any, b: Any) -> torch.Tensor:
     """Of complex numbers in four products and two sums: fused ones have other bits."""
-    is_complex = [isinstance(value, torch.Tensor) and value.is_complex() for value in (a, b)]
+    is_complex = [
+        value.is_complex() if isinstance(value, torch.Tensor) else isinstance(value, complex) for value in (a, b)
+    ]
     if not any(is_complex):
         return combine_if_needed(aten.mul, a, b)
     if not all(is_complex):
         number, real = (a, b) if is_complex[0] else (b, a)
         return torch.complex(multiply(number.real, real), multiply(number.imag, real))
-    (p, q), (r, s) = torch.view_as_real(a).unbind(-1), torch.view_as_real(b).unbind(-1)
+    (p, q), (r, s) = (
+        torch.view_as_real(value).unbind(-1) if isinstance(value, torch.Tensor) else (value.real, value.imag)
+        for value in (a, b)
+    )
     return torch.complex(p * r - q * s, p * s + q * r)
 
 
 @replaces("div", "divide", "true_divide")
 def divide(a: Any, b: Any, *, rounding_mode: str | None = None) -> torch.Tensor:
-    if rounding_mode is not None and (is_inexact(a) or is_inexact(b)):
-        raise refuse("div", f"of floats, rounding to {rounding_mode}")
     if rounding_mode is not None:
-        result: torch.Tensor = aten.div(a, b, rounding_mode=rounding_mode)
-        return result
+        raise refuse("div", f"of floats, rounding to {rounding_mode}")
+    if not is_inexact(a) and not is_inexact(b):
+        a = a.float() if isinstance(a, torch.Tensor) else float(a)
     return combine(aten.div, a, b)
 
 
@@ -90,7 +107,7 @@ def add_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, value: flo
     return add(x, product if value == 1 else multiply(product, value))
 
 
-@replaces("pow", "float_power")
+@replaces("pow")
 def power(base: Any, exponent: Any) -> torch.Tensor:
     """Small whole powers and roots are what they say; others go through a logarithm."""
     whole: dict[float, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -102,11 +119,11 @@ def power(base: Any, exponent: Any) -> torch.Tensor:
         -0.5: lambda x: functions.apply("rsqrt", functions.reciprocal_root, x),
         -1: reciprocal,
     }
-    if isinstance(exponent, int | float) and exponent in whole:
-        return whole[exponent](base)
     dtype = torch.result_type(base, exponent)
+    if isinstance(exponent, int | float) and exponent in whole:
+        return whole[exponent](base.to(dtype))
     device = (base if isinstance(base, torch.Tensor) else exponent).device
-    wide = [torch.as_tensor(value, device=device).double() for value in (base, exponent)]
+    wide = [as_tensor(value, device).double() for value in (base, exponent)]
     if not bool((wide[0] >= 0).all()):
         raise refuse("pow", "of a negative number")
     result = functions.power(*torch.broadcast_tensors(*wide))  # type: ignore[no-untyped-call]
@@ -136,17 +153,46 @@ for _name, _function in {
 
 @replaces("sin")
 def sine(x: torch.Tensor) -> torch.Tensor:
-    return functions.through_float64(functions.sine, x)
+    return functions.through_float64(functions.sine, x if x.is_floating_point() else x.float())
 
 
 @replaces("cos")
 def cosine(x: torch.Tensor) -> torch.Tensor:
-    return functions.through_float64(functions.cosine, x)
+    return functions.through_float64(functions.cosine, x if x.is_floating_point() else x.float())
 
 
 @replaces("polar")
 def polar(magnitude: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     return torch.complex(magnitude * cosine(angle), magnitude * sine(angle))
+
+
+@checks("abs", "sgn", "sign", "sqrt")
+def check_real(x: torch.Tensor, *_: Any, **__: Any) -> None:
+    if x.is_complex():
+        raise refuse("abs, sgn or sqrt", "of complex numbers")
+
+
+@checks("round")
+def check_round(x: torch.Tensor, *_: Any, decimals: int = 0, **__: Any) -> None:
+    if decimals:
+        raise refuse("round", "to decimals")
+
+
+@checks("_to_copy")
+def check_cast(x: torch.Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> None:
+    """What lies outside of an integer's range becomes one integer on x86, another on ARM and on GPUs."""
+    if dtype is None or dtype in NO_INTEGERS or dtype.is_floating_point or dtype.is_complex:
+        return
+    if not x.is_floating_point() or x.is_meta or not x.numel():
+        return
+    limits, wide = torch.iinfo(dtype), x.double()
+    if not bool(((wide > limits.min - 1.0) | (wide == limits.min)).all() and (wide < limits.max + 1.0).all()):
+        raise refuse("to", f"of a number that {dtype} cannot hold")
+
+
+@checks("copy")
+def check_copy(x: torch.Tensor, source: torch.Tensor, *_: Any) -> None:
+    check_cast(source, dtype=x.dtype)
 
 
 @replaces("gelu")
@@ -163,7 +209,7 @@ def softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> torch.T
     return functions.apply("softplus", functions.softplus, x)
 
 
-@replaces("dropout", "native_dropout", "feature_dropout", "alpha_dropout")
+@replaces("dropout", "feature_dropout", "alpha_dropout")
 def drop_nothing(x: torch.Tensor, p: float, train: bool | None) -> torch.Tensor:
     if train and p:
         raise refuse("dropout", "while training")

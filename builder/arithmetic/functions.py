@@ -62,7 +62,7 @@ def sine_and_cosine(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not x.is_meta and x.numel() and not bool((x.abs() <= LARGEST_ANGLE).all()):
         raise ArithmeticRefusal(f"an angle beyond {LARGEST_ANGLE:.0f}, or none at all, in sin or cos")
     n = torch.round(x * (2 / math.pi))
-    r = ((x - n * HALF_PI[0]) - n * HALF_PI[1]) - n * HALF_PI[2]
+    r = (((x - n * HALF_PI[0]) - n * HALF_PI[1]) - n * HALF_PI[2]).where(x != 0, x)  # keeps -0
     square = r * r
     sine, cosine = evaluate(SINE_TERMS, square) * r, evaluate(COSINE_TERMS, square)
     quarter = n.to(torch.int64) & 3
@@ -127,7 +127,7 @@ def tanh(x: torch.Tensor) -> torch.Tensor:
     """(1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x."""
     small = expm1(-2 * x.abs())
     value = -small / (2 + small)
-    return (-value).where(x < 0, value)
+    return (-value).where(x.signbit(), value)
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,7 @@ def erf(x: torch.Tensor) -> torch.Tensor:
         total = total + term
     value = (2 / math.sqrt(math.pi)) * exp(-square) * total
     value = value.clamp(max=1.0)
-    return (-value).where(x < 0, value)
+    return (-value).where(x.signbit(), value)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:

@@ -247,16 +247,16 @@ def finish_sums(sums_RN: Float64, bits: int, left_R: Int32, right_BN: Int32, bia
 
 @compiled_parallel
 def finish_digits(
-    places_PRN: Int32, bits: int, left_R: Int32, right_N: Int32, bias_N: Float64, out_RN: Float32
+    places_PNM: Int32, bits: int, right_N: Int32, left_M: Int32, bias_N: Float64, out_NM: Float32
 ) -> None:
-    """The same of sums that lie in four places to the base 256, the lowest first."""
-    for row in numba.prange(places_PRN.shape[1]):
-        scale = power_of_two(left_R[row] - bits)
-        for n in range(places_PRN.shape[2]):
-            high = (np.int64(places_PRN[3, row, n]) << 8) + np.int64(places_PRN[2, row, n])
-            low = (np.int64(places_PRN[1, row, n]) << 8) + np.int64(places_PRN[0, row, n])
+    """The same of sums that lie in four places to the base 256, the lowest first; a channel is a row here."""
+    for n in numba.prange(places_PNM.shape[1]):
+        scale, bias = power_of_two(right_N[n] - bits), bias_N[n]
+        for row in range(places_PNM.shape[2]):
+            high = (np.int64(places_PNM[3, n, row]) << 8) + np.int64(places_PNM[2, n, row])
+            low = (np.int64(places_PNM[1, n, row]) << 8) + np.int64(places_PNM[0, n, row])
             total = np.float64((high << 16) + low)
-            out_RN[row, n] = np.float32(total * scale * power_of_two(right_N[n]) + bias_N[n])
+            out_NM[n, row] = np.float32(total * scale * power_of_two(left_M[row]) + bias)
 
 
 # --- for torch --------------------------------------------------------------------------------------------------------

@@ -137,24 +137,21 @@ def round_channels(weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 # --- products of integers ---------------------------------------------------------------------------------------------
 
 
-def multiply_digits(left_MDK: torch.Tensor, right_NDK: torch.Tensor) -> torch.Tensor:
-    """int32 [4, M, N]: sums of products of digits, by their place, the lowest first.
+def multiply_digits(right_NDK: torch.Tensor, left_MDK: torch.Tensor) -> torch.Tensor:
+    """int32 [4, N, M]: sums of products of digits, by their place, the lowest first.
 
-    left: int8 [M, 3, K], the highest digit first; right: int8 [N, 2, K], the lowest first; K at most 32,768. So what
-    belongs to one place lies side by side in both, and is one product twice as long.
+    right: int8 [N, 2, K], the lowest digit first; left: int8 [M, 3, K], the highest first; K at most 32,768. So what
+    belongs to one place lies side by side in both, and is one product twice as long. The weight comes first, for
+    libraries rearrange the second operand of each product, and it is the larger one.
     """
     count = left_MDK.shape[2]
-    left, right = left_MDK.flatten(1), right_NDK.flatten(1)  # copies only what was cut out of a longer sum
-    places = torch.empty(4, left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)
-    for place, (row, column) in enumerate(
-        (
-            (slice(2 * count, None), slice(0, count)),
-            (slice(count, None), slice(None)),
-            (slice(0, 2 * count), slice(None)),
-            (slice(0, count), slice(count, None)),
-        )
-    ):
-        places[place] = multiply_int8(left[:, row], right[:, column])
+    right, left = right_NDK.flatten(1), left_MDK.flatten(1)  # copies only what was cut out of a longer sum
+    places = torch.empty(4, len(right), len(left), dtype=torch.int32, device=left.device)
+    low, high, both = slice(0, count), slice(count, None), slice(None)
+    places[0] = multiply_int8(right[:, low], left[:, 2 * count :])
+    places[1] = multiply_int8(right[:, both], left[:, count:])
+    places[2] = multiply_int8(right[:, both], left[:, : 2 * count])
+    places[3] = multiply_int8(right[:, high], left[:, :count])
     return places
 
 
@@ -172,28 +169,29 @@ def multiply_int8(left_MK: torch.Tensor, right_NK: torch.Tensor) -> torch.Tensor
 def multiply_by_digits(x_MK: torch.Tensor, weight: Weight, bias_N: torch.Tensor) -> torch.Tensor:
     """[M, N] in the dtype of x, of int8 products, some channels at a time."""
     left, left_exponents = cut_rows(x_MK)
-    out = torch.empty(x_MK.shape[0], len(weight.exponents), dtype=x_MK.dtype, device=x_MK.device)
-    step = max(64, WORKSPACE_BYTES // (16 * max(1, x_MK.shape[0])))
-    for start in range(0, out.shape[1], step):
-        columns = slice(start, start + step)
-        right, bias, bits = weight.exponents[columns], bias_N[columns], sum(LINEAR_BITS)
-        if out.device.type == "cpu" and left.shape[2] <= LONGEST_INT32:
-            places = multiply_digits(left, weight.content[columns])
+    out_NM = torch.empty(len(weight.exponents), len(x_MK), dtype=x_MK.dtype, device=x_MK.device)
+    step = max(64, WORKSPACE_BYTES // (16 * len(x_MK)))
+    for start in range(0, len(out_NM), step):
+        rows = slice(start, start + step)
+        content, exponents, bits = weight.content[rows], weight.exponents[rows], sum(LINEAR_BITS)
+        if out_NM.device.type == "cpu" and left.shape[2] <= LONGEST_INT32:
+            places = multiply_digits(content, left)
             done = torch.empty(places.shape[1:], dtype=torch.float32)
-            loops.run(loops.finish_digits, places, bits, left_exponents, right, bias, done)
-            out[:, columns] = done
+            loops.run(loops.finish_digits, places, bits, exponents, left_exponents, bias_N[rows], done)
+            out_NM[rows] = done
         else:
-            sums = sum_digits(left, weight.content[columns])
-            out[:, columns] = finish(sums, bits, left_exponents, right.unsqueeze(0), bias)
-    return out
+            sums = sum_digits(content, left)
+            scaled = sums * power_of_two(exponents.long() - bits).unsqueeze(1) * power_of_two(left_exponents.long())
+            out_NM[rows] = (scaled + bias_N[rows].unsqueeze(1)).float()
+    return out_NM.t().contiguous()
 
 
-def sum_digits(left_MDK: torch.Tensor, right_NDK: torch.Tensor) -> torch.Tensor:
-    """float64 [M, N]: sums of products of integers of any length; exact, as each of their parts is."""
-    total = torch.zeros(len(left_MDK), len(right_NDK), dtype=torch.int64, device=left_MDK.device)
+def sum_digits(right_NDK: torch.Tensor, left_MDK: torch.Tensor) -> torch.Tensor:
+    """float64 [N, M]: sums of products of integers of any length; exact, as each of their parts is."""
+    total = torch.zeros(len(right_NDK), len(left_MDK), dtype=torch.int64, device=left_MDK.device)
     for start in range(0, left_MDK.shape[2], LONGEST_INT32):
         part = slice(start, start + LONGEST_INT32)
-        places = multiply_digits(left_MDK[..., part], right_NDK[..., part]).to(torch.int64)
+        places = multiply_digits(right_NDK[..., part], left_MDK[..., part]).to(torch.int64)
         total += (((places[3] << 8) + places[2]) << 16) + (places[1] << 8) + places[0]
     return total.double()
 
@@ -278,10 +276,13 @@ def find_backend(kind: str) -> Backend:
             return "float64"
     except (RuntimeError, NotImplementedError):  # a build or a processor without them
         return "float64"
-    digits, wide = torch.ones(256, 3, 2048, dtype=torch.int8), torch.ones(256, 2048, dtype=torch.float64)
-    left, right, wide = digits.to(device), digits[:, :2].contiguous().to(device), wide.to(device)
-    by_digits = measure_seconds(lambda: multiply_digits(left, right).sum().item())
-    return "digits" if by_digits < measure_seconds(lambda: (wide @ wide.t()).sum().item()) else "float64"
+    left, right, wide = (
+        torch.ones(shape, dtype=dtype, device=device)
+        for shape, dtype in (((256, 3, 2048), torch.int8), ((1024, 2, 2048), torch.int8), ((1024, 2048), torch.float64))
+    )
+    by_digits = measure_seconds(lambda: multiply_digits(right, left)[0, 0, 0].item())
+    by_float64 = measure_seconds(lambda: (wide[:256] @ wide.t())[0, 0].item())
+    return "digits" if by_digits < 1.5 * by_float64 else "float64"  # which has more to move, and is asked when busy
 
 
 def multiplies_extremes(device: torch.device) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from builder.arithmetic import products, sums
-from builder.arithmetic.elements import multiply
+from builder.arithmetic.elements import check_cast, multiply
 from builder.arithmetic.operations import refuse, replaces
 
 
@@ -22,31 +22,51 @@ def rounded(value: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None) -> 
     return value if wanted == torch.float64 else value.float().to(wanted)
 
 
+def to_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    check_cast(x, dtype=dtype)
+    return x.to(dtype)
+
+
 @replaces("sum")
 def add_up(
     x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    return rounded(sums.sum_over(x if dtype is None else x.to(dtype), as_dims(dim), keepdim), x, dtype)
+    if dtype is not None:
+        x = to_dtype(x, dtype)
+    if not x.is_floating_point():
+        return torch.sum(x, dim, keepdim)
+    return rounded(sums.sum_over(x, as_dims(dim), keepdim), x, None)
 
 
 @replaces("mean")
 def mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return rounded(sums.mean_over(x, as_dims(dim), keepdim), x, dtype)
+    if dtype is not None:
+        x = to_dtype(x, dtype)
+    return rounded(sums.mean_over(x, as_dims(dim), keepdim), x, None)
 
 
 @replaces("var")
-def variance(x: torch.Tensor, dim: Any = None, *args: Any, correction: float | None = 1, keepdim: bool = False) -> Any:
-    if isinstance(dim, bool) or args:
-        raise refuse("var", "with an argument unbiased")
-    return rounded(sums.variance_over(x, as_dims(dim), keepdim, 1 if correction is None else correction), x, None)
+def variance(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    return rounded(wide_variance(x, *args, **options), x, None)
 
 
 @replaces("std")
-def deviation(x: torch.Tensor, dim: Any = None, *args: Any, correction: float | None = 1, keepdim: bool = False) -> Any:
-    if isinstance(dim, bool) or args:
-        raise refuse("std", "with an argument unbiased")
-    found = sums.variance_over(x, as_dims(dim), keepdim, 1 if correction is None else correction)
-    return rounded(found.sqrt(), x, None)
+def deviation(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    return rounded(wide_variance(x, *args, **options).sqrt(), x, None)
+
+
+def wide_variance(
+    x: torch.Tensor,
+    dim: Any = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+) -> torch.Tensor:
+    """In float64. torch's older forms have `unbiased` after the dimension, or in its place."""
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    return sums.variance_over(x, as_dims(dim), keepdim, int(unbiased) if correction is None else correction)
 
 
 @replaces("linalg_vector_norm", "norm")
@@ -73,7 +93,9 @@ def log_softmax(x: torch.Tensor, dim: int, dtype: Any = None) -> torch.Tensor:
 
 @replaces("cumsum")
 def running_sum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return rounded(sums.running_sum(x, dim), x, dtype)
+    if dtype is not None:
+        x = to_dtype(x, dtype)
+    return rounded(sums.running_sum(x, dim), x, None) if x.is_floating_point() else torch.cumsum(x, dim)
 
 
 @replaces("layer_norm")
@@ -89,17 +111,24 @@ def rms_norm(x: torch.Tensor, shape: Sequence[int], weight: Any = None, eps: flo
 
 @replaces("mm", "bmm")
 def multiply_matrices(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return products.multiply_pairs(a, b).to(a.dtype)
+    return multiply_pairs(a, b).to(a.dtype)
+
+
+def multiply_pairs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """As `products.multiply_pairs`, and zeros where nothing is summed."""
+    if a.numel() and b.numel():
+        return products.multiply_pairs(a, b)
+    return torch.zeros(*a.shape[:-1], b.shape[-1], device=a.device)
 
 
 @replaces("mv", "dot")
 def multiply_vectors(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return products.multiply_pairs(a.reshape(-1, a.shape[-1]), b.unsqueeze(1)).reshape(a.shape[:-1]).to(a.dtype)
+    return multiply_pairs(a.unsqueeze(0) if a.ndim == 1 else a, b.unsqueeze(1)).reshape(a.shape[:-1]).to(a.dtype)
 
 
 @replaces("addmm", "baddbmm")
 def multiply_and_add(x: Any, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
-    product = products.multiply_pairs(a, b)
+    product = multiply_pairs(a, b)
     product = product if alpha == 1 else multiply(product, alpha)
     kept = x.float() if beta == 1 else multiply(x.float(), beta)
     return product.to(a.dtype) if beta == 0 else (product + kept).to(a.dtype)

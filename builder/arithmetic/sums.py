@@ -17,7 +17,7 @@ from builder.arithmetic import functions, loops
 def sum_last(x: torch.Tensor) -> torch.Tensor:
     """The sum over the last dimension, float64, without it."""
     if x.device.type == "cpu" and x.dtype != torch.float64:
-        rows = x.float().reshape(-1, x.shape[-1]).contiguous()
+        rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
         out = torch.empty(rows.shape[0], dtype=torch.float64)
         loops.run(loops.sum_rows, rows, out)
         return out.view(x.shape[:-1])

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from builder import lock
 from builder.errors import CalibrationError
 from builder.files import digest
 from builder.plan import Plan
+from builder.recorded import (
+    RECALIBRATED,
+    Circumstances,
+    describe_deviations,
+    list_deviations,
+    require_agreement,
+)
 from builder.schemes import bind_scheme, list_measured
 from builder.schemes.cache import KINDS
 from builder.stages.jobs import common_job, describe_jobs, run_jobs
+from builder.stages.locked import find_recorded
 from builder.stages.plan import make_plan, require_disk
-from builder.stages.stage import BUILDER, Outcome, Stage, keep_nothing
+from builder.stages.stage import BUILDER, Outcome, Stage
 from builder.stages.workspace import Workspace
 
 SAVE_STATES_EVERY_S = 60.0
@@ -39,6 +48,13 @@ def read(workspace: Workspace) -> Any:
 
 
 def run(workspace: Workspace) -> Outcome:
+    outcome = measure(workspace)
+    locked = find_recorded(workspace, outcome.facts["rows"]) if outcome.facts["rows"] else None
+    return take_recorded(workspace, locked, outcome) if locked else outcome
+
+
+def measure(workspace: Workspace) -> Outcome:
+    """What this machine measures, whatever a lock records."""
     scheme = bind_scheme(workspace.manifest)
     if not scheme.measures_inputs and not workspace.manifest.release.kv_cache:
         return Outcome(
@@ -58,6 +74,7 @@ def run(workspace: Workspace) -> Outcome:
     shared = common_job(workspace, folder) | {
         "folder": str(workspace.calibration),
         "save_every_s": SAVE_STATES_EVERY_S,
+        "arithmetic": read_arithmetic(workspace),
         "linears": [[name for name in layer.linears if name in measured] for layer in plan.architecture.layers],
         "attentions": [layer.attention if plan.measures_cache else None for layer in plan.architecture.layers],
     }
@@ -71,6 +88,7 @@ def run(workspace: Workspace) -> Outcome:
     amax = merge_amax([read_amax(record["amax"]) for record in records])
     health = check_health(plan, amax, measured)
     lengths = [len(row) for row in rows.tokens]
+    machines = sorted({record["machine"] for record in records})
     facts = {
         "rows": {
             "count": len(lengths),
@@ -80,9 +98,52 @@ def run(workspace: Workspace) -> Outcome:
             "digest": rows.digest,
         },
         "amax": write_amax(amax),
-        "machine_classes": sorted({record["machine"] for record in records}),
+        "machine_classes": machines if read_arithmetic(workspace) == "native" else [],
     }
-    return Outcome(facts, {"health": health, **describe_jobs(workspace, records)})
+    return Outcome(facts, {"health": health, "machines": machines, **describe_jobs(workspace, records)})
+
+
+def read_arithmetic(workspace: Workspace) -> str:
+    """exact, or native if the manifest says so."""
+    spec = workspace.manifest.release.calibration
+    return spec.arithmetic if spec else "exact"
+
+
+def list_circumstances(
+    workspace: Workspace, locked: Mapping[str, Any], outcome: Outcome, *, publishes: bool
+) -> Circumstances:
+    """What may have made the magnitudes that were measured here others than a lock's."""
+    changes = lock.compare_versions(locked, lock.list_versions(), BUILDER)
+    machines = outcome.circumstances["machines"]
+    return Circumstances(read_arithmetic(workspace), changes, locked["machine_classes"], machines, publishes)
+
+
+def take_recorded(workspace: Workspace, locked: Mapping[str, Any], outcome: Outcome) -> Outcome:
+    """The magnitudes of the release's lock, which make its bytes; those that were measured here are compared with them.
+
+    Raises CalibrationError if they differ at all, or by more than RECALIBRATED under native arithmetic.
+    """
+    deviations = list_deviations(locked["amax"], outcome.facts["amax"])
+    circumstances = list_circumstances(workspace, locked, outcome, publishes=True)
+    tolerance = RECALIBRATED if circumstances.arithmetic == "native" else 0.0
+    require_agreement(workspace.lock_path, deviations, circumstances, tolerance)
+    text = describe_deviations(locked["amax"], deviations)
+    found: dict[str, Any] = {"text": text, "num_different": len(deviations)}
+    if deviations:
+        found |= {"largest_difference": deviations[0].relative, **asdict(deviations[0])}
+    recorded = {"amax": locked["amax"], "machine_classes": locked["machine_classes"]}
+    return Outcome({**outcome.facts, **recorded}, {**outcome.circumstances, "against_lock": found}, (text,))
+
+
+def is_intact(workspace: Workspace) -> bool:
+    """Whether the magnitudes are still those of the lock, if it is of this release; else, those measured here."""
+    facts = workspace.facts("calibrate")
+    if facts["rows"] is None:
+        return True
+    locked = find_recorded(workspace, facts["rows"])
+    if locked is None:
+        return not workspace.circumstances("calibrate").get("against_lock", {}).get("num_different")
+    return all(locked[key] == facts[key] for key in ("amax", "machine_classes"))
 
 
 def check_health(plan: Plan, amax: Mapping[str, Mapping[str, float]], linears: Collection[str]) -> list[dict[str, Any]]:
@@ -138,4 +199,4 @@ def judge_amax(value: float | None) -> str:
     return "good" if value > 0 else "zero"
 
 
-STAGE = Stage("calibrate", "measure the unquantized model, layer by layer", read, run, keep_nothing)
+STAGE = Stage("calibrate", "measure the unquantized model, layer by layer", read, run, is_intact)

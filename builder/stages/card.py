@@ -8,10 +8,9 @@ from typing import Any
 
 from builder.base import find_legal_files
 from builder.files import canonical_json, sha256_file, write_atomic
-from builder.lock import BESIDE, RECORDS, SIGNATURE
+from builder.lock import BESIDE, RECORDS, SIGNATURE, require_lock
 from builder.provenance import make_statement
 from builder.stages.check_serving import list_results
-from builder.stages.lock import gather_lock
 from builder.stages.plan import gather_obligations
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
@@ -57,7 +56,8 @@ def find_signature(workspace: Workspace) -> dict[str, Any] | None:
 
 def attest(workspace: Workspace) -> dict[str, str]:
     """The files about the payload that are no part of it: lock, provenance, what others made of it, signature."""
-    lock, reproductions, engines = gather_lock(workspace), list_reproductions(workspace), list_results(workspace)
+    lock = require_lock(workspace.lock_path)
+    reproductions, engines = list_reproductions(workspace), list_results(workspace)
     contents = (
         lock,
         make_statement(lock),

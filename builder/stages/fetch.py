@@ -10,7 +10,9 @@ from builder.base import begin_hashing, fetch_base, hash_files, list_base_files,
 from builder.calibration import require_revision
 from builder.digests import identify_file
 from builder.errors import BuildError
+from builder.rebuild import without_places
 from builder.stages.jobs import name_executor
+from builder.stages.locked import find_lock
 from builder.stages.plan import gather_obligations, make_plan, require_disk
 from builder.stages.stage import Outcome, Stage
 from builder.stages.workspace import Workspace
@@ -65,14 +67,14 @@ def tell_large(name: str, num_bytes: int) -> None:
 
 def compare_inputs(workspace: Workspace, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse a base that differs from the locked one, before any work. Raises BuildError naming the file."""
-    locked = lock.read_lock(workspace.lock_path)
+    locked = find_lock(workspace)
     if locked is None:
         return
     was, now = locked["what"]["base"], lock.describe_what(workspace.manifest)["base"]
     restored = isinstance(workspace.manifest, lock.LockedManifest)
-    if not restored and lock.without_places("base", was) != lock.without_places("base", now):
+    if not restored and without_places("base", was) != without_places("base", now):
         return
-    wanted = locked["inputs"]["base"]
+    wanted, renew = locked["inputs"]["base"], f"doit relock:{workspace.manifest.name}"
     for name in sorted(wanted.keys() | files.keys()):
         if name not in files or name not in wanted or files[name]["sha256"] != wanted[name]["sha256"]:
             locked_sha = wanted[name]["sha256"][:12] if name in wanted else "absent"
@@ -80,7 +82,7 @@ def compare_inputs(workspace: Workspace, files: Mapping[str, Mapping[str, Any]])
             raise BuildError(
                 f"{name} of the base model is not the locked one (sha256 {found}, locked {locked_sha})",
                 str(workspace.lock_path),
-                f"restore {name}" + ("" if restored else "; or delete the lock to release from the base as it is now"),
+                f"restore {name}" + ("" if restored else f", or release from the base as it is now: {renew}"),
             )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from builder import lock
+from builder.errors import BuildError
 from builder.files import sha256_file, write_json
+from builder.rebuild import compare_lock, renew_lock, upgrade_lock
+from builder.stages.locked import describe_inputs, describe_what
 from builder.stages.stage import BUILDER, Outcome, Stage
 from builder.stages.workspace import Workspace
 
@@ -20,44 +24,43 @@ def read(workspace: Workspace) -> Any:
 
 def gather_lock(workspace: Workspace) -> dict[str, Any]:
     """The lock of what was built, from the receipts."""
-    from builder.fixes import bind_fixes
-
-    calibrate, assemble = workspace.facts("calibrate"), workspace.facts("assemble")
-    release, rows = workspace.manifest.release, calibrate["rows"]
-    inputs: dict[str, Any] = {"base": workspace.facts("fetch")["files"]}
-    if rows is not None:
-        inputs["token_ids_sha256"] = rows["digest"]
-        inputs["num_rows"] = rows["count"]
-    if rows is not None and release.calibration and release.calibration.path:
-        inputs["calibration_sha256"] = workspace.digest_file(release.calibration.path)
-    if release.base.license_files:
-        texts = release.base.license_files.items()
-        inputs["license_files"] = {name: workspace.digest_file(path) for name, path in texts}
+    calibrate = workspace.facts("calibrate")
     return lock.make_lock(
         workspace.manifest,
-        fixes=tuple(fix.name for fix in bind_fixes(workspace.manifest)),
-        inputs=inputs,
+        fixes=tuple(describe_what(workspace)["fixes"]),
+        inputs=describe_inputs(workspace, calibrate["rows"]),
         machine_classes=calibrate["machine_classes"],
         amax=calibrate["amax"],
-        payload=assemble["payload"],
+        payload=workspace.facts("assemble")["payload"],
         builder=BUILDER,
     )
 
 
 def run(workspace: Workspace) -> Outcome:
-    old, new = lock.read_lock(workspace.lock_path), gather_lock(workspace)
-    comparison = lock.compare_lock(old, new, workspace.lock_path)
+    path, new = workspace.lock_path, gather_lock(workspace)
+    old = read_replaced(path) if workspace.renews else lock.read_lock(path)
+    comparison = renew_lock(old, new) if workspace.renews else compare_lock(old, new, path)
+    if old and comparison.verdict == "upgraded":
+        new = upgrade_lock(old, new)
     if comparison.writes:
-        write_json(workspace.lock_path, new)
+        write_json(path, new)
     facts = {
-        "path": f"releases/{workspace.lock_path.name}",
-        "sha256": sha256_file(workspace.lock_path),
+        "path": f"releases/{path.name}",
+        "sha256": sha256_file(path),
         "payload_sha256": new["payload_sha256"],
         "versions": new["versions"],
         "machine_class": ", ".join(new["machine_classes"]),
     }
     circumstances = {"verdict": comparison.verdict, "comparison": comparison.text}
     return Outcome(facts, circumstances, (f"lock: {comparison.text}", *(lock.warn_of_format(old) if old else ())))
+
+
+def read_replaced(path: Path) -> dict[str, Any] | None:
+    """A lock that is about to be replaced; None if nothing can be read in it."""
+    try:
+        return lock.read_lock(path)
+    except BuildError:
+        return None
 
 
 def is_intact(workspace: Workspace) -> bool:

@@ -1,8 +1,9 @@
 """A release built again from its lock alone, into a folder of its own, and every file compared.
 
-It is no stage, but made of them. Three tiers: 1, from the recorded amax table, is exact anywhere; 2, calibrated anew on
-the same class of machine, is exact too; 3, calibrated anew elsewhere, agrees within `lock.RECALIBRATED`. Tier 1 shows
-that the export is honest, not that the recorded calibration was.
+It is no stage, but made of them. Tier 1 is exact anywhere: from the recorded amax table, and under exact arithmetic
+calibrated again too. Native arithmetic has two more: 2, calibrated again on the same class of machine, is exact; 3,
+calibrated again elsewhere, agrees within `RECALIBRATED`. The recorded table shows that the export is honest, not that
+the calibration was.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from builder.errors import BuildError, CalibrationError, Problems, VerifyError, 
 from builder.files import digest, read_receipt, write_receipt
 from builder.manifest import load_manifest, show_path
 from builder.published import Place, Verdict, compare_published
+from builder.recorded import RECALIBRATED, count_inputs, list_deviations, require_agreement
 from builder.schemes import bind_scheme, list_measured
 from builder.stages import assemble, calibrate, fetch, plan, quantize
 from builder.stages.jobs import choose_device, name_executor
@@ -70,7 +72,7 @@ def reproduce(
                 run_stage(workspace, stage)
         artifact = build / manifest.name / "artifact"
         original = original or (artifact if artifact.is_dir() else None)
-        result = judge(workspace, locked, path, recalibrate, original)
+        result = judge(workspace, locked, path, original)
         result |= {
             "lock_sha256": digest(locked),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -117,7 +119,10 @@ def record(folder: Path, result: Mapping[str, Any]) -> None:
     path = folder / "receipts" / f"{RECEIPT}.json"
     receipt = read_receipt(path)
     before = receipt["facts"]["results"] if receipt else []
-    latest = {(other["tier"], other["machine_class"]): other for other in [*before, dict(result)]}
+    latest = {
+        (other["tier"], other.get("recalibrated", other["tier"] > 1), other["machine_class"]): other
+        for other in [*before, dict(result)]
+    }
     results = [latest[key] for key in sorted(latest)]
     facts = {"results": results}
     write_receipt(path, {"stage": RECEIPT, "key": digest(facts), "facts": facts, "circumstances": {}})
@@ -164,7 +169,7 @@ def compare_texts(workspace: Workspace, locked: Mapping[str, Any], path: Path, r
 
 def list_stages(locked: Mapping[str, Any], recalibrate: bool) -> tuple[Stage, ...]:
     """The stages that make the payload; in tier 1 the lock's table stands in for a calibration."""
-    measure = calibrate.STAGE
+    measure = replace(calibrate.STAGE, run=partial(measure_again, locked), intact=keep_nothing)
     if not recalibrate:
         measure = Stage(
             "calibrate",
@@ -175,6 +180,31 @@ def list_stages(locked: Mapping[str, Any], recalibrate: bool) -> tuple[Stage, ..
         )
     lay_out = replace(plan.STAGE, run=partial(plan.run, with_data=recalibrate))
     return (lay_out, fetch.STAGE, measure, quantize.STAGE, assemble.STAGE)
+
+
+def measure_again(locked: Mapping[str, Any], workspace: Workspace) -> Outcome:
+    """A calibration of this machine, where it is what its tier promises.
+
+    Raises CalibrationError naming the worst magnitude if it is not, VerifyError for other rows.
+    """
+    outcome = calibrate.measure(workspace)
+    if outcome.facts["rows"] is None:
+        return outcome
+    compare_rows(outcome.facts, locked, workspace.lock_path)
+    circumstances = calibrate.list_circumstances(workspace, locked, outcome, publishes=False)
+    tolerance = RECALIBRATED if find_tier(workspace, locked, outcome.facts) == 3 else 0.0
+    deviations = list_deviations(locked["amax"], outcome.facts["amax"])
+    require_agreement(workspace.lock_path, deviations, circumstances, tolerance)
+    return outcome
+
+
+def find_tier(workspace: Workspace, locked: Mapping[str, Any], measured: Mapping[str, Any]) -> int:
+    """The tier of magnitudes that were measured again: facts of a calibration."""
+    if calibrate.read_arithmetic(workspace) == "exact":
+        return 1
+    same_class = measured["machine_classes"] == locked["machine_classes"]
+    same_torch = lock.list_versions()["torch"] == locked["versions"].get("torch")
+    return 2 if same_class and same_torch else 3
 
 
 def take_recorded(locked: Mapping[str, Any], workspace: Workspace) -> Outcome:
@@ -211,35 +241,31 @@ def compare_weights(workspace: Workspace, linears: Sequence[str], amax: Mapping[
 # --- what it came to --------------------------------------------------------------------------------------------------
 
 
-def judge(
-    workspace: Workspace, locked: Mapping[str, Any], path: Path, recalibrated: bool, original: Path | None
-) -> dict[str, Any]:
+def judge(workspace: Workspace, locked: Mapping[str, Any], path: Path, original: Path | None) -> dict[str, Any]:
     """Tier and outcome of a rebuild. Raises VerifyError, or Problems, if it is not what that tier promises."""
     payload, found = locked["payload"], hash_files(workspace)
     different = sorted(name for name in payload.keys() | found.keys() if payload.get(name) != found.get(name))
-    measured = workspace.facts("calibrate")
-    if not recalibrated or not measured["rows"]:
-        tier, machine = 1, describe_machine(workspace)
-    else:
-        same_class = measured["machine_classes"] == locked["machine_classes"]
-        same_torch = lock.list_versions()["torch"] == locked["versions"].get("torch")
-        tier, machine = 2 if same_class and same_torch else 3, ", ".join(measured["machine_classes"])
-        compare_rows(measured, locked, path)
+    measured, machines = workspace.facts("calibrate"), workspace.circumstances("calibrate").get("machines")
+    recalibrated = machines is not None
+    tier = find_tier(workspace, locked, measured) if recalibrated else 1
+    machine = ", ".join(machines) if machines else describe_machine(workspace)
     result = {"tier": tier, "machine_class": machine, "payload_sha256": locked["payload_sha256"]}
-    result |= {"num_files": len(payload), "different": different}
+    result |= {"recalibrated": recalibrated, "num_files": len(payload), "different": different}
     if not different:
         text = f"all {len(payload)} files are the same, bit for bit"
+        text = f"calibrated again, {text}" if recalibrated else text
         return result | {"verdict": "equal", "largest_difference": 0.0, "text": text}
-    largest = lock.compare_amax(locked["amax"], measured["amax"])
-    if tier == 3 and 0 < largest <= lock.RECALIBRATED and all(name.endswith(".safetensors") for name in different):
-        moved = sum(kinds != measured["amax"][linear] for linear, kinds in locked["amax"].items())
-        text = (
-            f"calibrated there anew, {moved} of {len(locked['amax'])} input statistics differ from those of "
-            f"{', '.join(locked['machine_classes'])}, by {100 * largest:.2f} % at most; "
-            f"{len(payload) - len(different)} of {len(payload)} files are the same, bit for bit"
-        )
-        return result | {"verdict": "within tolerance", "largest_difference": largest, "text": text}
-    raise explain_differences(workspace, locked, path, found, different, original)
+    deviations = list_deviations(locked["amax"], measured["amax"])
+    unexplained = [name for name in different if not (tier == 3 and deviations and name.endswith(".safetensors"))]
+    if unexplained:
+        raise explain_differences(workspace, locked, path, found, unexplained, original)
+    largest = deviations[0].relative
+    text = (
+        f"calibrated again, {len(deviations)} of {count_inputs(locked['amax'])} input magnitudes differ from those of "
+        f"{', '.join(locked['machine_classes'])}, by {100 * largest:.2f} % at most at {deviations[0].module}; "
+        f"{len(payload) - len(different)} of {len(payload)} files are the same, bit for bit"
+    )
+    return result | {"verdict": "within tolerance", "largest_difference": largest, "text": text}
 
 
 def hash_files(workspace: Workspace) -> dict[str, dict[str, Any]]:

@@ -48,7 +48,7 @@ def require_finished(workspace: Workspace, locked: dict[str, Any]) -> None:
             what = f"{name} is not finished: {stage.name} has not been done, or what it reads has changed since"
             raise BuildError(what, where, f"doit release:{name}")
     if workspace.facts("assemble")["payload_sha256"] != locked["payload_sha256"]:
-        fix = f"sign where it was locked, or delete the lock and run doit lock:{name} to release this build"
+        fix = f"build it again (doit release:{name}), or release this build as a new one: doit relock:{name}"
         raise BuildError(f"the build of {name} is not the locked one, so it is not signed", where, fix)
 
 

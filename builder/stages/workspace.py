@@ -16,10 +16,14 @@ class NotYetError(Exception):
 
 @dataclass(frozen=True)
 class Workspace:
-    """A release and the folder it is built in."""
+    """A release and the folder it is built in.
+
+    renews: whether its lock is written again from this build, whatever it says now.
+    """
 
     manifest: Manifest
     folder: Path
+    renews: bool = False
 
     @property
     def receipts(self) -> Path:
