@@ -3,8 +3,9 @@
     python tests/drills/machines.py [--short] [--native] [--arch aarch64]
 
 Each machine is a process whose libraries are told, before they are loaded, which instructions there are: torch, its
-matrix products, the BLAS libraries, numpy and compiled loops. On each the small release of this repository is calibrated
-and its perplexity taken; on three of them a tiny model of every family is run too. Ends with 1 if one differs.
+matrix products, the BLAS libraries, numpy and compiled loops. On each the small release of this repository is
+calibrated and its perplexity taken; on three of them a tiny model of every family is run too. Ends with 1 if one
+differs.
 
   --short         three machines, few rows, two families: under two minutes
   --native        torch's own arithmetic, which is expected to differ: shows that the drill can fail
@@ -204,13 +205,13 @@ def list_differences(tables: Sequence[Mapping[str, str]]) -> list[str]:
     return lines
 
 
-def conclude(results: Mapping[str, Mapping[str, Any]]) -> int:
-    """The last line, and the drill's exit status."""
-    differing = compare(results)
+def conclude(results: Mapping[str, Mapping[str, Any]], beside: Mapping[str, Mapping[str, Any]] | None = None) -> int:
+    """The last line, and the drill's exit status. beside: what machines are compared with that is none."""
+    differing = compare({**results, **(beside or {})})
     if differing:
         print(f"{differing} of {len({what for result in results.values() for what in result['found']})} results differ")
         return 1
-    print(f"1 digest on {len(results)} machines")
+    print(f"1 digest on {len(results)} machines" + "".join(f", that of {name}" for name in beside or {}))
     return 0
 
 

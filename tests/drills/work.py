@@ -13,13 +13,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import family_models
 import torch
 
+from builder.arithmetic import exact
 from builder.base import open_checkpoint
 from builder.calibration import choose_rows
 from builder.families import describe_architecture
@@ -37,29 +38,18 @@ RELEASE = "tiny-llama"
 
 def open_stream(folder: Path, native: bool) -> LayerStream:
     """A base model as the builder reads it."""
-    try:
-        return open_base(folder, "cpu", "native" if native else "exact")
-    except TypeError:  # before there is an arithmetic
-        return open_base(folder, "cpu")
+    return open_base(folder, "cpu", "native" if native else "exact")
 
 
-def arithmetic(native: bool) -> Any:
+def arithmetic(native: bool) -> AbstractContextManager[Any]:
     """The context in which transformers itself runs a model."""
-    if native:
-        return nullcontext()
-    try:
-        from builder.arithmetic import exact
-    except ImportError:  # before there is an arithmetic
-        return nullcontext()
-    return exact.arithmetic()
+    return nullcontext() if native else exact.arithmetic()
 
 
 def measure_text(stream: LayerStream, base: Path, num_windows: int | None) -> float:
     """Perplexity on the first windows of the release's held-out text, or on all."""
     longest = min(LONGEST_WINDOW, stream.model.config.max_position_embeddings)
     text = split_text(RELEASES / RELEASE / "heldout.txt", base, longest, "the held-out text")
-    if isinstance(text, list):  # before windows knew where they begin
-        return measure_perplexity(stream, text[:num_windows])
     return measure_perplexity(stream, text.windows[:num_windows], first=text.first)
 
 
