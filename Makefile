@@ -7,8 +7,9 @@ SERVING := .venv-serving
 SERVING_READY := $(SERVING)/.ready-$(shell sha256sum < constraints-serving.txt | cut -c1-16)
 WORKERS ?= 2
 SIZE ?= 0.5
+ARCH ?= $(shell uname -m)
 
-.PHONY: setup demo test serving-env test-serving test-gpu check bench schemes cluster crash clean
+.PHONY: setup demo test serving-env test-serving test-gpu check bench schemes cluster crash machines clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -66,6 +67,10 @@ schemes: setup
 
 cluster: setup
 	$(BIN)/python tests/cluster.py
+
+# One processor made to be eighteen: ARCH=aarch64 for an emulated ARM processor, SHORT=--short for two minutes of it.
+machines: setup
+	$(BIN)/python tests/drills/machines.py --arch $(ARCH) $(SHORT)
 
 crash: setup
 	$(BIN)/python tests/crash.py 50

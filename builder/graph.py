@@ -206,6 +206,7 @@ class Loader(TaskLoader2):  # type: ignore[misc]
             "reporter": Reporter,
             "verbosity": 2,
             "continue": True,
+            "sort": "definition",
         }
 
     def load_tasks(self, cmd: Any, pos_args: Sequence[str]) -> list[Task]:

@@ -30,7 +30,8 @@ from builder.manifest import Compatibility, Manifest, Release, Scheme, Serve
 from builder.services import compose_yaml, quote_systemd
 from builder.serving import check_serve, environment, llama_swap_entry, llama_swap_yaml, serve_command
 
-TEMPLATES: Final = Path(__file__).parents[1] / "templates"
+OWN: Final = Path(__file__).with_name("templates")  # in a wheel; in a checkout they lie beside the package
+TEMPLATES: Final = OWN if OWN.is_dir() else Path(__file__).parents[1] / "templates"
 NOT_MEASURED: Final = "not measured"
 STAGES: Final = ("plan", "fetch", "calibrate", "quantize", "assemble", "verify", "perplexity", "lock")
 MANY: Final = 6
