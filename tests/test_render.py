@@ -167,6 +167,8 @@ FACTS: dict[str, dict[str, Any]] = {
         "recovery_percent": 97.3653,
         "num_tokens": 40_960,
         "window": 2048,
+        "beginning": [128000],
+        "arithmetic": "exact",
     },
     "lock": {
         "path": "releases/deepseek-r1-70b.lock.json",
