@@ -38,11 +38,12 @@ class Float:
         return float(word.view(self.array))
 
     def round(self, values: NDArray[np.float32]) -> NDArray[Any]:
-        """An array of this dtype, to nearest, ties to even; the values are finite."""
+        """Finite values in this dtype, to nearest, ties to even; what is beyond its largest number is infinite."""
         if self.array != self.word:
-            return values.astype(self.array)
-        bits = np.ascontiguousarray(values).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(self.array)
+            with np.errstate(over="ignore"):
+                return np.asarray(values, self.array)
+        bits = values.view(np.uint32)
+        return np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, self.array)
 
 
 def describe(name: str, stored: str, epsilon: float, array: str, word: str, pair: str) -> Float:
