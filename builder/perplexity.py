@@ -49,6 +49,7 @@ class HeldOut:
 
     windows: list[list[int]]
     beginning: list[int]  # what the tokenizer puts before a text, at the head of each window
+    names: list[str]  # the same in the tokenizer's words
 
     @property
     def first(self) -> int:
@@ -161,9 +162,10 @@ def split_text(path: Path, base: Path, longest: int, where: str) -> HeldOut:
     tokenizer = load_tokenizer(base, where)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     before = find_beginning(tokenizer)
+    names = [str(name) for name in tokenizer.convert_ids_to_tokens(before)]
     length = longest - len(before)
     pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-    held_out = HeldOut([[*before, *piece] for piece in pieces if len(before) + len(piece) > 1], before)
+    held_out = HeldOut([[*before, *piece] for piece in pieces if len(before) + len(piece) > 1], before, names)
     if not held_out.windows:
         raise BuildError(f"{path.name} has no text to measure on", where, "give some thousand words")
     return held_out

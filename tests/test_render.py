@@ -167,7 +167,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "recovery_percent": 97.3653,
         "num_tokens": 40_960,
         "window": 2048,
-        "beginning": [128000],
+        "beginning": ["<|begin_of_text|>"],
         "arithmetic": "exact",
     },
     "lock": {

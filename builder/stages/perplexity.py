@@ -52,7 +52,7 @@ def run(workspace: Workspace) -> Outcome:
         "recovery_percent": 100 * of_base / of_artifact,
         "num_tokens": held_out.num_measured,
         "window": longest,
-        "beginning": held_out.beginning,
+        "beginning": held_out.names,
         "arithmetic": name_arithmetic(workspace),
     }
     recovery = f"recovery {facts['recovery_percent']:.1f} %"
