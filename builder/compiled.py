@@ -315,7 +315,9 @@ def halve(words_N: Words) -> Words:
 def scale_of(magnitude: Word, largest: np.float32) -> np.float32:
     """A magnitude divided by the largest code, rounded to the word's dtype; its epsilon if that is 0."""
     scale = rounded(magnitude, np.float32(value_of(magnitude) / largest))
-    return scale if scale > 0 else epsilon_of(magnitude)
+    if scale == 0:
+        return epsilon_of(magnitude)
+    return scale
 
 
 @compiled

@@ -90,6 +90,7 @@ class ArtifactStream(LayerStream):
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear) and hasattr(module, "quantization_scheme"):
                 decompress_in_bands(module)
+                module.weight.data = module.weight.data.to(self.model.dtype)  # NVFP4 comes back in bfloat16, always
             elif hasattr(
                 module, "kv_cache"
             ):  # compressed-tensors' own; the copy's still looks for scales in the original

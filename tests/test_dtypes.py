@@ -273,3 +273,22 @@ def test_any_base_dtype_gives_one_payload_whatever_the_shards_and_files(write_in
         artifact = build(path, tmp_path / f"build-{shards}").artifact
         digests.add(tuple(sorted((name, digest(tensor)) for name, tensor in read(artifact).items())))
     assert len(digests) == 1
+
+
+# ------------------------------------------------------------------------------------------------ measured and read back
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "mixed"])
+@pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
+def test_a_base_of_any_dtype_goes_the_whole_way(
+    write_in: WriteRelease, tmp_path: Path, dtype: str, layout: str
+) -> None:
+    """The magnitudes of 1.1 times a model's weights are not far from the model's; nor is what quantizing costs."""
+    few = {"calibration.samples": 2, "scheme.layout": layout}
+    path = write_in(dtype, **few)
+    text = path.parent / "heldout.txt"
+    text.write_text(text.read_text("utf-8")[:1500], "utf-8")
+    workspace = build(path, tmp_path / "build", "lock")
+    measured = workspace.facts("perplexity")
+    assert measured["base"] < 100 and 0.95 < measured["artifact"] / measured["base"] < 1.1
+    assert all(0 < float.fromhex(kinds["input"]) < 500 for kinds in workspace.facts("calibrate")["amax"].values())
