@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import build, release_writer
 
+from builder.calibration import choose_rows
 from builder.errors import BuildError, CalibrationError
 from builder.files import digest, sha256_file, write_json
 from builder.lock import FORMAT, Change, digest_payload, read_lock
@@ -380,14 +381,22 @@ def test_one_flipped_last_bit_of_one_weight_is_noticed(enter: Callable[[str], No
 
 def test_one_changed_row_is_noticed(enter: Callable[[str], None]) -> None:
     enter("exact")
-    rows = Path("releases/calibration.jsonl")
-    lines = rows.read_text("utf-8").splitlines(keepends=True)
-    used = json.loads(LOCK.read_text("utf-8"))["inputs"]["token_ids_sha256"]
-    rows.write_text("".join(line.replace(" the ", " a ", 1) for line in lines), "utf-8")
-    assert "lock: rewritten, for inputs.calibration_sha256, inputs.token_ids_sha256 changed since the last build" in (
-        release().lines
-    )
-    assert json.loads(LOCK.read_text("utf-8"))["inputs"]["token_ids_sha256"] != used
+    file, base = Path("releases/calibration.jsonl"), Path("releases/base")
+    rows, used = file.read_text("utf-8").splitlines(keepends=True), read_token_ids()
+    for index, row in enumerate(rows):
+        changed = row.replace(" the ", " a ", 1)
+        file.write_text("".join([*rows[:index], changed, *rows[index + 1 :]]), "utf-8")
+        if choose_rows(load_manifest(MANIFEST), base).digest != used:
+            break
+    told = release()
+    keys = "inputs.calibration_sha256, inputs.token_ids_sha256"
+    assert f"lock: rewritten, for {keys} changed since the last build" in told.lines
+    assert read_token_ids() != used
+
+
+def read_token_ids() -> str:
+    digest: str = json.loads(LOCK.read_text("utf-8"))["inputs"]["token_ids_sha256"]
+    return digest
 
 
 def test_one_changed_seed_is_noticed(enter: Callable[[str], None]) -> None:
@@ -460,6 +469,15 @@ def test_a_publisher_may_take_what_is_measured_now(enter: Callable[[str], None])
     assert LOCK.read_bytes() == own, "this machine made it"
     assert_locked()
     assert release() == Told()
+
+
+def test_a_lock_that_is_written_again_names_the_machine_that_wrote_it(enter: Callable[[str], None]) -> None:
+    """Though it measured what the lock before it says of another."""
+    enter("native")
+    edit_lock(lambda lock: lock.update(machine_classes=["x86_64, SSE"]))
+    assert release().ran == ["calibrate", "lock", "card"]
+    relock(MANIFEST, BUILD, tell=lambda line: None)
+    assert json.loads(LOCK.read_text("utf-8"))["machine_classes"] == [describe_machine("cpu")]
 
 
 def test_a_publisher_may_release_from_another_base(enter: Callable[[str], None]) -> None:

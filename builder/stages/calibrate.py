@@ -142,7 +142,9 @@ def is_intact(workspace: Workspace) -> bool:
         return True
     locked = find_recorded(workspace, facts["rows"])
     if locked is None:
-        return not workspace.circumstances("calibrate").get("against_lock", {}).get("num_different")
+        here = workspace.circumstances("calibrate")
+        moved = here.get("against_lock", {}).get("num_different", 0) > 0
+        return not moved and facts["machine_classes"] in ([], here["machines"])
     return all(locked[key] == facts[key] for key in ("amax", "machine_classes"))
 
 
