@@ -275,7 +275,7 @@ def test_any_base_dtype_gives_one_payload_whatever_the_shards_and_files(write_in
     assert len(digests) == 1
 
 
-# ------------------------------------------------------------------------------------------------ measured and read back
+# ----------------------------------------------------------------------------------------------- measured and read back
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "mixed"])

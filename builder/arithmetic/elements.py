@@ -115,7 +115,7 @@ def power(base: Any, exponent: Any) -> torch.Tensor:
         1: torch.clone,
         2: square,
         3: lambda x: multiply(multiply(x, x), x),
-        0.5: torch.sqrt,
+        0.5: functions.square_root,
         -0.5: lambda x: functions.apply("rsqrt", functions.reciprocal_root, x),
         -1: reciprocal,
     }
@@ -151,6 +151,11 @@ for _name, _function in {
     add_function(_name, _function)
 
 
+@replaces("sqrt")
+def square_root(x: torch.Tensor) -> torch.Tensor:
+    return functions.square_root(x if x.is_floating_point() else x.float())
+
+
 @replaces("sin")
 def sine(x: torch.Tensor) -> torch.Tensor:
     return functions.through_float64(functions.sine, x if x.is_floating_point() else x.float())
@@ -166,10 +171,10 @@ def polar(magnitude: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     return torch.complex(magnitude * cosine(angle), magnitude * sine(angle))
 
 
-@checks("abs", "sgn", "sign", "sqrt")
+@checks("abs", "sgn", "sign")
 def check_real(x: torch.Tensor, *_: Any, **__: Any) -> None:
     if x.is_complex():
-        raise refuse("abs, sgn or sqrt", "of complex numbers")
+        raise refuse("abs or sgn", "of complex numbers")
 
 
 @checks("round")

@@ -31,7 +31,7 @@ COMPARES = """
     count_nonzero _assert_async _assert_scalar sym_size sym_numel sym_stride is_same_size size stride numel
 """
 ROUNDS_ONCE = """
-    abs neg sign sgn sqrt floor ceil round trunc positive
+    abs neg sign sgn floor ceil round trunc positive
 """
 PASSES = frozenset(f"{MOVES} {COMPARES} {ROUNDS_ONCE}".split())
 EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})  # get zeros here

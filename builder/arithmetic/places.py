@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from builder.arithmetic.elements import multiply
-from builder.arithmetic.operations import refuse, replaces
+from builder.arithmetic.operations import aten, refuse, replaces
 
 
 def without_minus_zero(x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,8 @@ def put_at(x: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool
         for index, size in given:
             flat = flat * size + index % size
         require_unique("index_put", flat.flatten(), 0)
-    return x.index_put(indices, values)
+    result: torch.Tensor = aten.index_put(x, indices, values)
+    return result
 
 
 @replaces("arange")

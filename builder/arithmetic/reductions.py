@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from builder.arithmetic import products, sums
+from builder.arithmetic import functions, products, sums
 from builder.arithmetic.elements import check_cast, multiply
 from builder.arithmetic.operations import refuse, replaces
 
@@ -52,7 +52,7 @@ def variance(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
 
 @replaces("std")
 def deviation(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-    return rounded(wide_variance(x, *args, **options).sqrt(), x, None)
+    return rounded(functions.square_root(wide_variance(x, *args, **options)), x, None)
 
 
 def wide_variance(
@@ -76,7 +76,7 @@ def norm(
     if ord != 2:
         raise refuse("norm", f"of order {ord}")
     wide = x.double()
-    return rounded(sums.sum_over(wide * wide, as_dims(dim), keepdim).sqrt(), x, dtype)
+    return rounded(functions.square_root(sums.sum_over(wide * wide, as_dims(dim), keepdim)), x, dtype)
 
 
 @replaces("softmax", "_softmax", "_safe_softmax")
@@ -105,7 +105,7 @@ def layer_norm(x: torch.Tensor, shape: Sequence[int], weight: Any = None, bias: 
 
 @replaces("rms_norm")
 def rms_norm(x: torch.Tensor, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> torch.Tensor:
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
     return sums.normalize(x, len(shape), weight, None, eps, center=False)
 
 
@@ -134,7 +134,7 @@ def multiply_and_add(x: Any, a: torch.Tensor, b: torch.Tensor, *, beta: float = 
     return product.to(a.dtype) if beta == 0 else (product + kept).to(a.dtype)
 
 
-@replaces("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d")
+@replaces("convolution", "conv1d", "conv2d", "conv3d")
 def convolve(
     x: torch.Tensor,
     weight: torch.Tensor,

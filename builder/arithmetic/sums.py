@@ -120,7 +120,7 @@ def normalize(
     wide = x.double()
     if center:
         wide = wide - mean_over(x, dims, True)
-    wide = wide / (mean_over(wide * wide, dims, True) + eps).sqrt()
+    wide = wide / functions.square_root(mean_over(wide * wide, dims, True) + eps)
     if weight is not None:
         wide = wide * weight.double()
     if bias is not None:
