@@ -127,6 +127,8 @@ def draw_weights(model: PreTrainedModel) -> None:
                 scale = 2.0 ** -(7 + round(math.log2(parameter.shape[-1]) / 2))
                 parameter.copy_(torch.from_numpy(drawn * scale))
             else:
+                if (parameter != parameter[0]).any():  # the model drew it itself
+                    parameter.zero_()
                 parameter.add_(torch.from_numpy(drawn * 2.0**-11).to(parameter.dtype))
 
 
