@@ -144,7 +144,7 @@ def is_intact(workspace: Workspace) -> bool:
     if locked is None:
         here = workspace.circumstances("calibrate")
         moved = here.get("against_lock", {}).get("num_different", 0) > 0
-        return not moved and facts["machine_classes"] in ([], here["machines"])
+        return not moved and facts["machine_classes"] in ([], here.get("machines"))
     return all(locked[key] == facts[key] for key in ("amax", "machine_classes"))
 
 
