@@ -232,7 +232,8 @@ def test_buffers_that_transformers_does_not_compute_are_named() -> None:
             super().__init__()
             self.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
 
-    model = build_model({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL}, "base")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", **SMALL}
+    model = build_model(config, "base")
     with pytest.raises(BaseError) as caught:
         compute_buffers(Strange(), torch.device("cpu"), model)
     assert str(caught.value) == (
