@@ -232,6 +232,35 @@ def test_large_models_are_described_within_seconds(name: str) -> None:
     assert time.monotonic() - started < 15
 
 
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [
+        ("LlamaForCausalLM", "llama"),
+        ("Qwen3ForCausalLM", "qwen3"),
+        ("Gemma2ForCausalLM", "gemma2"),
+        ("Phi3ForCausalLM", "phi3"),
+        ("Starcoder2ForCausalLM", "starcoder2"),
+        ("GPTNeoXForCausalLM", "gpt_neox"),
+        ("NemotronForCausalLM", "nemotron"),
+    ],
+)
+def test_a_model_that_has_an_exact_form_names_no_operation_without_one(architecture: str, model_type: str) -> None:
+    assert describe(architecture, model_type).inexact == ()
+
+
+def test_operations_without_an_exact_form_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe("xLSTMForCausalLM", "xlstm").inexact == ("aten.log_sigmoid_forward",)
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.lgamma(self.gate_proj(x)).cumprod(-1)
+        down: torch.Tensor = self.down_proj(torch.atan(gate) * self.up_proj(x))
+        return down
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    assert describe("LlamaForCausalLM", "llama").inexact == ("aten.atan", "aten.cumprod", "aten.lgamma")
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

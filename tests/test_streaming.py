@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import platform
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -228,7 +232,8 @@ def test_buffers_that_transformers_does_not_compute_are_named() -> None:
             super().__init__()
             self.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
 
-    model = build_model({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL}, "base")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", **SMALL}
+    model = build_model(config, "base")
     with pytest.raises(BaseError) as caught:
         compute_buffers(Strange(), torch.device("cpu"), model)
     assert str(caught.value) == (
@@ -300,3 +305,40 @@ def test_hidden_states_are_the_same_with_one_thread_and_with_two(single_thread: 
     torch.set_num_threads(2)
     two = [row.hidden for row in run_layers(stream, rows)]
     assert all(torch.equal(first, second) for first, second in zip(one, two, strict=True))
+
+
+PRINT_DIGEST = """
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+
+from builder.base import open_checkpoint
+from builder.streaming import LayerStream
+
+stream = LayerStream(open_checkpoint(Path(sys.argv[1]), "base"))
+row = stream.embed([1, *range(100, 400, 7)])
+for index in range(len(stream.layers)):
+    with stream.open_layer(index) as layer:
+        stream.run_layer(layer, index, row)
+print(hashlib.sha256(stream.read_logits(row).view(torch.int16).numpy().tobytes()).hexdigest())
+"""
+PROCESSORS: tuple[dict[str, str], ...] = (
+    {},
+    {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "avx2", "NUMBA_CPU_NAME": "haswell"},
+    {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default", "NUMBA_CPU_NAME": "x86-64"},
+)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only there a processor can be made to look like a lesser")
+def test_exact_logits_are_the_same_on_processors_that_compute_natively_in_other_ways() -> None:
+    digests = set()
+    for limits in PROCESSORS:
+        features = {"NUMBA_CPU_FEATURES": ""} if limits else {}
+        command = [sys.executable, "-c", PRINT_DIGEST, str(TINY_LLAMA / "base")]
+        environment = {**os.environ, **limits, **features}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        digests.add(done.stdout)
+    assert len(digests) == 1
