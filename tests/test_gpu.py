@@ -328,7 +328,9 @@ def assert_calibrates_as_modelopt_does(path: Path, folder: Path, device: str) ->
 def test_calibration_measures_and_packing_writes_what_modelopt_does_on_the_same_device(
     write_release: Callable[..., Path], tmp_path: Path, device: str
 ) -> None:
-    assert_calibrates_as_modelopt_does(write_release(device=device), tmp_path, device)
+    assert_calibrates_as_modelopt_does(
+        write_release(**{"device": device, "calibration.arithmetic": "native"}), tmp_path, device
+    )
 
 
 def write_deep_base(folder: Path, num_layers: int) -> None:
