@@ -547,6 +547,11 @@ class Release(Section):
     card: Card = Card()
     """What the card says that a build cannot know."""
 
+    @property
+    def arithmetic(self) -> Literal["exact", "native"]:
+        """In which everything is measured; exact where nothing is calibrated."""
+        return self.calibration.arithmetic if self.calibration else "exact"
+
 
 EXAMPLE: Final = """\
 manifest: 1

@@ -199,7 +199,7 @@ def plan_release(
         header_metadata=manifest.release.compatibility.header_metadata,
     )
     rows, longest = plan_rows(manifest) if scheme.measures_inputs or manifest.release.kv_cache else (0, 0)
-    exact = manifest.release.calibration is None or manifest.release.calibration.arithmetic == "exact"
+    exact = manifest.release.arithmetic == "exact"
     block = math.ceil(rows / len(shards))
     calibrate_memory, quantize_memory = estimate_memory(architecture, units, block, longest, exact=exact)
     return Plan(

@@ -33,6 +33,7 @@ from builder.plan import (
     plan_units,
 )
 from builder.schemes import bind_scheme
+from builder.stages.plan import check_arithmetic
 
 WriteRelease = Callable[..., Path]
 TORCH = {
@@ -685,3 +686,28 @@ def test_more_shards_need_no_more_memory(make_plan: Callable[..., Plan], seventy
     assert needed[0] > needed[1] > needed[2]
     assert len({plan.quantize_memory for plan in plans}) == 1
     assert max(needed) < 24 << 30 and plans[0].quantize_memory < 24 << 30
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_exact_arithmetic_cannot_run_is_refused_by_the_operation(
+    tiny: Architecture, write_release: WriteRelease
+) -> None:
+    inexact = replace(tiny, inexact=("aten.lgamma", "aten.log_sigmoid_forward"))
+
+    def check(**changes: Any) -> None:
+        manifest = load_manifest(write_release(**changes))
+        check_arithmetic(manifest, plan_release(manifest, bind_scheme(manifest), inexact, None))
+
+    with pytest.raises(ManifestError) as caught:
+        check()
+    what, where, fix = str(caught.value).splitlines()
+    assert what == "LlamaForCausalLM runs aten.lgamma, aten.log_sigmoid_forward, which have no exact form here"
+    assert "calibration" in where
+    assert fix == "  fix: set calibration.arithmetic: native"
+    weights_only = {"scheme.input_scale": "unit", "calibration": None}
+    with pytest.raises(ManifestError, match="leave perplexity out"):
+        check(**weights_only)
+    check(**{"calibration.arithmetic": "native"})
+    check(**weights_only, perplexity=None)

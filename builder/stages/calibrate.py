@@ -74,7 +74,7 @@ def measure(workspace: Workspace) -> Outcome:
     shared = common_job(workspace, folder) | {
         "folder": str(workspace.calibration),
         "save_every_s": SAVE_STATES_EVERY_S,
-        "arithmetic": read_arithmetic(workspace),
+        "arithmetic": workspace.manifest.release.arithmetic,
         "linears": [[name for name in layer.linears if name in measured] for layer in plan.architecture.layers],
         "attentions": [layer.attention if plan.measures_cache else None for layer in plan.architecture.layers],
     }
@@ -98,15 +98,9 @@ def measure(workspace: Workspace) -> Outcome:
             "digest": rows.digest,
         },
         "amax": write_amax(amax),
-        "machine_classes": machines if read_arithmetic(workspace) == "native" else [],
+        "machine_classes": machines if workspace.manifest.release.arithmetic == "native" else [],
     }
     return Outcome(facts, {"health": health, "machines": machines, **describe_jobs(workspace, records)})
-
-
-def read_arithmetic(workspace: Workspace) -> str:
-    """exact, or native if the manifest says so."""
-    spec = workspace.manifest.release.calibration
-    return spec.arithmetic if spec else "exact"
 
 
 def list_circumstances(
@@ -115,7 +109,7 @@ def list_circumstances(
     """What may have made the magnitudes that were measured here others than a lock's."""
     changes = lock.compare_versions(locked, lock.list_versions(), BUILDER)
     machines = outcome.circumstances["machines"]
-    return Circumstances(read_arithmetic(workspace), changes, locked["machine_classes"], machines, publishes)
+    return Circumstances(workspace.manifest.release.arithmetic, changes, locked["machine_classes"], machines, publishes)
 
 
 def take_recorded(workspace: Workspace, locked: Mapping[str, Any], outcome: Outcome) -> Outcome:

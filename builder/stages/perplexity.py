@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from builder.progress import Progress, watch
 from builder.stages.jobs import choose_device
 from builder.stages.stage import Outcome, Stage, keep_nothing
 from builder.stages.workspace import Workspace
-
-if TYPE_CHECKING:
-    from builder.streaming import Arithmetic
 
 
 def read(workspace: Workspace) -> Any:
@@ -21,7 +18,7 @@ def read(workspace: Workspace) -> Any:
         "measured": True,
         "text": workspace.digest_file(spec.path),
         "path": spec.path,
-        "arithmetic": name_arithmetic(workspace),
+        "arithmetic": workspace.manifest.release.arithmetic,
         "payload": workspace.facts("assemble")["payload"],
         "base": workspace.facts("fetch")["files"],
     }
@@ -39,10 +36,12 @@ def run(workspace: Workspace) -> Outcome:
     text = manifest.resolve(manifest.release.perplexity.path)
     held_out = split_text(text, base, longest, manifest.where("perplexity", "path"))
     with watch(workspace.folder):
-        stream = open_base(base, device, name_arithmetic(workspace))
+        stream = open_base(base, device, workspace.manifest.release.arithmetic)
         progress = Progress(workspace.folder, "perplexity of the base", len(stream.layers))
         of_base = measure_perplexity(stream, held_out.windows, progress, first=held_out.first)
-        stream = open_artifact(workspace.artifact, read_layout(workspace), device, name_arithmetic(workspace))
+        stream = open_artifact(
+            workspace.artifact, read_layout(workspace), device, workspace.manifest.release.arithmetic
+        )
         progress = Progress(workspace.folder, "perplexity of the artifact", len(stream.layers))
         of_artifact = measure_perplexity(stream, held_out.windows, progress, first=held_out.first)
     facts = {
@@ -53,17 +52,11 @@ def run(workspace: Workspace) -> Outcome:
         "num_tokens": held_out.num_measured,
         "window": longest,
         "beginning": held_out.names,
-        "arithmetic": name_arithmetic(workspace),
+        "arithmetic": workspace.manifest.release.arithmetic,
     }
     recovery = f"recovery {facts['recovery_percent']:.1f} %"
     line = f"perplexity {of_base:.3f} of the base, {of_artifact:.3f} of the artifact: {recovery}"
     return Outcome(facts, {"device": device}, (line,))
-
-
-def name_arithmetic(workspace: Workspace) -> Arithmetic:
-    """That of the calibration; exact where there is none."""
-    calibration = workspace.manifest.release.calibration
-    return calibration.arithmetic if calibration else "exact"
 
 
 def read_layout(workspace: Workspace) -> dict[str, Any]:

@@ -92,8 +92,7 @@ def make_plan(workspace: Workspace, base: Path | None = None) -> Plan:
 
 def check_arithmetic(manifest: Manifest, plan: Plan) -> None:
     """Refuse a model that exact arithmetic cannot run, where something is to be measured in it."""
-    calibration = manifest.release.calibration
-    exact = calibration is None or calibration.arithmetic == "exact"
+    calibration, exact = manifest.release.calibration, manifest.release.arithmetic == "exact"
     if exact and plan.architecture.inexact and (plan.measures or manifest.release.perplexity):
         raise ManifestError(
             f"{plan.architecture.name} runs {', '.join(plan.architecture.inexact)}, which have no exact form here",

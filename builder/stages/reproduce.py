@@ -203,7 +203,7 @@ def measure_again(locked: Mapping[str, Any], workspace: Workspace) -> Outcome:
 
 def find_tier(workspace: Workspace, locked: Mapping[str, Any], measured: Mapping[str, Any]) -> int:
     """The tier of magnitudes that were measured again: facts of a calibration."""
-    if calibrate.read_arithmetic(workspace) == "exact":
+    if workspace.manifest.release.arithmetic == "exact":
         return 1
     same_class = measured["machine_classes"] == locked["machine_classes"]
     same_torch = lock.list_versions()["torch"] == locked["versions"].get("torch")
