@@ -77,7 +77,7 @@ def releases(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.fixture(scope="session")
 def windows(releases: dict[str, Workspace]) -> list[list[int]]:
     base = releases["nvfp4"].base_folder()
-    return split_text(base.parent / "heldout.txt", base, 512, "the test")[:NUM_WINDOWS]
+    return split_text(base.parent / "heldout.txt", base, 512, "the test").windows[:NUM_WINDOWS]
 
 
 @pytest.fixture(scope="session")
