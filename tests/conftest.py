@@ -124,6 +124,22 @@ def obligations_of(folder: Path) -> Obligations:
     )
 
 
+def each_number_of_threads() -> Iterator[int]:
+    """One thread, then two, for torch and for compiled loops; afterwards as many as there were."""
+    import numba
+    import torch
+
+    before = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+            yield threads
+    finally:
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     """Fails if the condition has not come to hold by then."""
     end = time.monotonic() + timeout_s

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import numba
 import pytest
 import torch
+from conftest import each_number_of_threads
 from torch.nn import functional as F  # noqa: N812
 
 from builder.arithmetic import exact, functions, products, sums
@@ -668,18 +668,9 @@ def test_refusals_are_noted_where_there_are_no_numbers() -> None:
 def test_results_are_the_same_with_one_thread_and_with_two() -> None:
     x, weight = make(64, 200, dtype=torch.bfloat16), make(90, 200, dtype=torch.bfloat16, seed=1)
     results = []
-    before = torch.get_num_threads(), numba.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-            with arithmetic():
-                results.append(
-                    (F.linear(x, weight), x @ weight.t(), x.softmax(-1), F.gelu(x), x.float().exp(), x.mean())
-                )
-    finally:
-        torch.set_num_threads(before[0])
-        numba.set_num_threads(before[1])
+    for _ in each_number_of_threads():
+        with arithmetic():
+            results.append((F.linear(x, weight), x @ weight.t(), x.softmax(-1), F.gelu(x), x.float().exp(), x.mean()))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 

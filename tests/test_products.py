@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 
-import numba
 import pytest
 import torch
+from conftest import each_number_of_threads
 
 from builder.arithmetic import loops, products
 from builder.arithmetic.products import LINEAR_BITS, LONGEST_LINEAR, LONGEST_PAIR, PAIR_BITS, Weight, prepare_weight
@@ -391,16 +391,9 @@ def test_a_linear_of_torch_operations_alone_is_the_same() -> None:
 def test_products_are_the_same_with_one_thread_and_with_two() -> None:
     x, weight = make("mixed", (64, 300), torch.bfloat16), make("mixed", (90, 300), torch.bfloat16, 1)
     results = []
-    before = torch.get_num_threads(), numba.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-            some = [products.linear(x, prepare_weight(weight, backend), None) for backend in BACKENDS]
-            results.append([*some, products.multiply_pairs(x, weight.t())])
-    finally:
-        torch.set_num_threads(before[0])
-        numba.set_num_threads(before[1])
+    for _ in each_number_of_threads():
+        some = [products.linear(x, prepare_weight(weight, backend), None) for backend in BACKENDS]
+        results.append([*some, products.multiply_pairs(x, weight.t())])
     for one, two in zip(*results, strict=True):
         assert_same_bits(one, two)
 

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from fractions import Fraction
 
-import numba
 import pytest
 import torch
+from conftest import each_number_of_threads
 
 from builder.arithmetic import functions, sums
 
@@ -147,15 +147,8 @@ def test_rows_do_not_depend_on_their_neighbours_nor_on_threads() -> None:
     x = make_rows(64, 333)
     targets = torch.arange(64)
     results = []
-    before = torch.get_num_threads(), numba.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-            results.append((sums.sum_last(x), sums.softmax(x, 1), sums.log_likelihood(x, targets)))
-    finally:
-        torch.set_num_threads(before[0])
-        numba.set_num_threads(before[1])
+    for _ in each_number_of_threads():
+        results.append((sums.sum_last(x), sums.softmax(x, 1), sums.log_likelihood(x, targets)))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
     assert torch.equal(torch.cat([sums.softmax(row[None], 1) for row in x]), results[0][1])
     assert torch.equal(torch.cat([sums.sum_last(row[None]) for row in x]), results[0][0])
